@@ -1,0 +1,213 @@
+"""What a method needs of a diffusion model, whoever hosts it.
+
+Everything here speaks the variance-exploding convention of k-diffusion: a noisy latent is ``x = x0 + sigma * noise`` and a
+denoiser returns its estimate of ``x0``. For an epsilon model the predicted noise is ``(x - denoised) / sigma``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Family: TypeAlias = Literal["sd1", "sd2", "sdxl"]
+"""The model families methods support: SD 1.x, SD 2.x and SDXL layouts (the demo model is ``sd1``)."""
+
+Slot: TypeAlias = Mapping[str, Tensor]
+"""Token embeddings standing in a prompt: per text encoder (``"l"``, ``"g"``, ``"h"``) rows of shape (n, width), or
+(batch, n, width) to encode a batch of prompts that differ in this slot only. Gradients flow to the rows."""
+
+Prompt: TypeAlias = str | Sequence[str | Slot]
+"""A text, or a sequence of texts and slots that is encoded as one text."""
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot be used by this method; the message says what to connect instead."""
+
+
+class NonFinite(ArithmeticError):
+    """The model returned NaN or infinity."""
+
+
+class OutOfMemory(RuntimeError):
+    """A call did not fit in memory even at the smallest batch."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What cross-attention reads.
+
+    context: (batch, tokens, width). pooled: (batch, width), the input of the class embedding (SDXL), or None. size: the six
+    numbers of SDXL's micro-conditioning (original height, width, crop top, left, target height, width), or None.
+    """
+
+    context: Tensor
+    pooled: Tensor | None = None
+    size: tuple[int, int, int, int, int, int] | None = None
+
+    def __len__(self) -> int:
+        return self.context.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """The same conditioning with ``function`` applied to each tensor."""
+        return replace(self, context=function(self.context), pooled=None if self.pooled is None else function(self.pooled))
+
+    def expand(self, batch: int) -> Conditioning:
+        """A batch-1 conditioning repeated (as a view) to ``batch``; one that already has that size is returned as it is."""
+        return self if len(self) == batch else self.map(lambda t: t.expand(batch, *t.shape[1:]))
+
+    def detach(self) -> Conditioning:
+        """The same values outside any autograd graph."""
+        return self.map(Tensor.detach)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Conditionings of one width and one ``size`` stacked along the batch; ValueError when they differ in kind."""
+        first = parts[0]
+        if any((p.pooled is None) != (first.pooled is None) or p.size != first.size for p in parts):
+            raise ValueError("cannot batch conditionings of different kinds: encode all prompts with the same model")
+        pooled = None if first.pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None])
+        return replace(first, context=torch.cat([p.context for p in parts]), pooled=pooled)
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Prompts to conditioning, with access to the token embeddings it reads."""
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Token text to id, in CLIP's form (a word's last piece ends in ``</w>``). All encoders share it."""
+
+    @property
+    def tables(self) -> Mapping[str, Tensor]:
+        """Per encoder name its token embedding table, (vocabulary, width), float32, detached, as the graph's patches leave it."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of ``text`` without start, end or padding. Raises ValueError over the encoder's length (75 tokens)."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """Encode each prompt; rows follow the prompts' order, a slot with a batch axis yielding that many rows.
+
+        Differentiable in the slots when gradients are enabled. Raises ValueError for a prompt that does not fit.
+        """
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """One network evaluation of the diffusion model, unguided."""
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one side (8 for SD)."""
+
+    @property
+    def training_sigmas(self) -> Tensor:
+        """The training schedule's noise levels, ascending, (timesteps,), float32, CPU."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """x0 for noisy latents x (batch, channels, h, w) at sigma (batch,); differentiable in x and the conditioning.
+
+        Latents are in the model's own space (unit scale), float32 in and out whatever the network computes in.
+        """
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """Pictures (batch, 3, height, width) in [0, 1] to latents in the model's own space, and back."""
+
+    def encode(self, pictures: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class ImageScorer(Protocol):
+    """A joint image-text embedding: how well a picture fits a text."""
+
+    def embed_pictures(self, pictures: Tensor) -> Tensor:
+        """Unit vectors (batch, width) for pictures (batch, 3, height, width) in [0, 1]."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (len(texts), width)."""
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor that turns a cosine into a logit."""
+
+
+@dataclass
+class Meter:
+    """Counts the cost of a run in the unit every result carries.
+
+    evals: samples x (1 for a forward, 3 for a forward and backward). calls: batched forwards.
+    """
+
+    evals: int = 0
+    calls: int = 0
+
+    def count(self, samples: int, *, backward: bool) -> None:
+        self.evals += samples * (3 if backward else 1)
+        self.calls += 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A host's model as methods see it. ``name`` is for people; methods never branch on it."""
+
+    family: Family
+    name: str
+    text: TextEncoder
+    denoiser: Denoiser
+    autoencoder: Autoencoder | None = None
+    scorer: ImageScorer | None = None
+    before_call: Callable[[], None] = field(default=lambda: None)
+    """Runs before every denoiser call; raising from it cancels (a host's interrupt check)."""
+    meter: Meter = field(default_factory=Meter)
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, conditioning: Conditioning) -> Tensor:
+        """x0 for a batch, counted, cancellable and checked.
+
+        x: (batch, channels, h, w); sigma: a number or (batch,); conditioning: batch 1 or the same batch. Out of memory without
+        gradients, the batch is halved until it fits. Raises NonFinite, OutOfMemory, or whatever ``before_call`` raises.
+        """
+        batch = x.shape[0]
+        sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(batch)
+        conditioning = conditioning.expand(batch)
+        backward = torch.is_grad_enabled() and (
+            x.requires_grad
+            or conditioning.context.requires_grad
+            or (conditioning.pooled is not None and conditioning.pooled.requires_grad)
+        )
+        self.before_call()
+        try:
+            denoised = self.denoiser.denoise(x, sigmas, conditioning)
+        except torch.OutOfMemoryError as error:
+            if batch == 1 or backward:
+                raise OutOfMemory(
+                    f"a batch of {batch} latents of {x.shape[-1]}x{x.shape[-2]} does not fit in memory: "
+                    "use a smaller batch or picture, or free memory first"
+                ) from error
+        else:
+            self.meter.count(batch, backward=backward)
+            if not torch.isfinite(denoised.detach()).all():
+                raise NonFinite(
+                    "the model returned NaN or infinity: check the checkpoint and its precision (fp16 overflows on some models; "
+                    "try fp32 or bf16), and any LoRA or patch on it"
+                )
+            return denoised
+        half = batch // 2
+        return torch.cat(
+            [
+                self.denoise(x[part], sigmas[part], conditioning.map(lambda t, part=part: t[part]))
+                for part in (slice(None, half), slice(half, None))
+            ]
+        )
