@@ -1,0 +1,109 @@
+"""The key map between the single-file layout and the names of diffusers and transformers."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from conceptkit.core.hosts import checkpoint
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+LAYOUTS = {
+    "attention below": dict(channels=(32, 64), layers=1, attention=(False, True)),
+    "attention everywhere": dict(channels=(32, 32, 64), layers=2, attention=(True, True, True)),
+    "sd1": dict(channels=(32, 32, 32, 32), layers=2, attention=(True, True, True, False)),
+    "one level": dict(channels=(32,), layers=3, attention=(True,)),
+    "sdxl": dict(channels=(32, 32, 32), layers=2, attention=(False, True, True), transformer_layers_per_block=(1, 2, 3)),
+}
+
+
+def unet(channels: tuple[int, ...], layers: int, attention: tuple[bool, ...], **more: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        **more,
+    )
+
+
+def text() -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, projection_dim=24)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip_is_exact(layout: str) -> None:
+    parts = [unet(**LAYOUTS[layout]).state_dict(), text().state_dict(), AutoencoderTiny().state_dict(), {"a.weight": torch.ones(2)}]
+    single = checkpoint.to_single_file(*parts)
+    for before, after in zip(parts, checkpoint.from_single_file(single), strict=True):
+        before = {k.removeprefix("text_model."): v for k, v in before.items()}
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[k], after[k]) for k in before)
+    again = checkpoint.to_single_file(*checkpoint.from_single_file(single))
+    assert again.keys() == single.keys()
+
+
+def test_names_of_the_single_file() -> None:
+    """The places a reader of the layout counts on: samplers after attention, the decoder shifted by its clamp."""
+    single = checkpoint.to_single_file(unet(**LAYOUTS["attention below"]).state_dict(), text().state_dict(), AutoencoderTiny().state_dict())
+    for key in (
+        "model.diffusion_model.input_blocks.2.0.op.weight",
+        "model.diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.middle_block.2.out_layers.3.weight",
+        "model.diffusion_model.output_blocks.1.2.conv.weight",
+        "model.diffusion_model.output_blocks.3.0.skip_connection.weight",
+        "model.diffusion_model.out.2.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight",
+        "first_stage_model.taesd_encoder.14.weight",
+        "first_stage_model.taesd_decoder.1.weight",
+        "first_stage_model.taesd_decoder.19.bias",
+        "first_stage_model.vae_scale",
+    ):
+        assert key in single, key
+    assert not any(key.startswith("model.diffusion_model.input_blocks.1.1") for key in single)
+
+
+def test_upsampler_without_attention_stands_first() -> None:
+    single = checkpoint.unet_from_diffusers(unet(channels=(32, 64), layers=1, attention=(True, False)).state_dict())
+    assert "output_blocks.1.1.conv.weight" in single
+
+
+def test_refuses_what_has_no_place() -> None:
+    single = checkpoint.to_single_file(unet(**LAYOUTS["attention below"]).state_dict(), text().state_dict(), AutoencoderTiny().state_dict())
+    for changed, match in (
+        ({"model.diffusion_model.time_mix.weight": torch.ones(1)}, "time_mix"),
+        ({"first_stage_model.decoder.conv_in.weight": torch.ones(1)}, "diffusers folder"),
+        ({"first_stage_model.vae_scale": torch.tensor(0.18215)}, "unit scale"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            checkpoint.from_single_file(single | changed)
+    for prefix, match in ((checkpoint.UNET, "UNet"), (checkpoint.TEXT, "text encoder"), (checkpoint.VAE, "autoencoder")):
+        with pytest.raises(ValueError, match=match):
+            checkpoint.from_single_file({k: v for k, v in single.items() if not k.startswith(prefix)})
+
+
+def test_reading_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(3.0)}, path, metadata={"conceptkit": json.dumps({"format": "x"})})
+    tensors, header = checkpoint.read_single_file(path)
+    assert torch.equal(tensors["a"], torch.arange(3.0)) and header == {"format": "x"}
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-4], whole[:20], struct.pack("<Q", 1 << 60) + whole[8:], b"\x80\x04pickle" * 10):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            checkpoint.read_single_file(path)
+    save_file({"a": torch.zeros(1)}, path, metadata={"conceptkit": "[1"})
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        checkpoint.read_single_file(path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        checkpoint.read_single_file(tmp_path / "nowhere.safetensors")
