@@ -1,0 +1,54 @@
+# Two commands set a fresh machine up and do the work: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+COMFYUI_PATH ?= $(HOME)/ComfyUI
+COMFYUI_VENV ?= .venv-comfyui
+# A Python that has ComfyUI's requirements; by default one is made in COMFYUI_VENV.
+COMFYUI_PYTHON ?= $(COMFYUI_VENV)/bin/python
+
+PIP = -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt
+REQUIREMENTS = pyproject.toml requirements.txt constraints-dev.txt
+
+.PHONY: demo test unit check test-comfyui clean
+
+demo: $(VENV)/.headless
+	$(VENV)/bin/conceptkit demo
+
+test: check unit
+
+# One thread: the tests' tensors are tiny, and OpenMP's barriers stall on a busy machine.
+unit: $(VENV)/.dev .dev/conceptkit
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -c tests/pytest.ini tests --ignore=tests/comfy
+
+check: $(VENV)/.dev .dev/conceptkit
+	$(VENV)/bin/ruff check .
+	cd .dev && ../$(VENV)/bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p conceptkit
+
+test-comfyui: .dev/conceptkit $(filter $(COMFYUI_VENV)/bin/python,$(COMFYUI_PYTHON))
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(abspath $(COMFYUI_PATH))" $(COMFYUI_PYTHON) -m pytest -c tests/pytest.ini tests/comfy
+
+$(VENV)/.headless: $(REQUIREMENTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) -e ".[headless]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.headless
+	$(VENV)/bin/python $(PIP) -e ".[headless,dev]"
+	touch $@
+
+# Without their dependencies: the template media (hundreds of megabytes) and a second opinion on torch are not needed here.
+$(COMFYUI_VENV)/bin/python: $(REQUIREMENTS)
+	$(PYTHON) -m venv $(COMFYUI_VENV)
+	grep -vE '^(torchvision|torchaudio|comfyui-workflow-templates)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/requirements.txt
+	grep -E '^(torchvision|torchaudio|comfyui-workflow-templates)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/no-deps.txt
+	$@ $(PIP) -r $(COMFYUI_VENV)/requirements.txt -r requirements.txt pytest
+	$@ $(PIP) --no-deps -r $(COMFYUI_VENV)/no-deps.txt
+	touch $@
+
+# Type checkers cannot see a package that is its own parent.
+.dev/conceptkit:
+	mkdir -p .dev
+	ln -sfn .. $@
+
+clean:
+	rm -rf $(VENV) $(COMFYUI_VENV) .dev build dist conceptkit.egg-info .mypy_cache .ruff_cache .pytest_cache tests/.pytest_cache .hypothesis tests/.hypothesis
