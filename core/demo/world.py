@@ -1,0 +1,361 @@
+"""The Shapes world: words, what they mean, and captioned scenes drawn from those meanings.
+
+A word's meaning is its *make-up*: components, each with a share and a partial description of a scene. A picture for a word is drawn by
+choosing a component in proportion to its share and letting everything it does not mention vary freely. So the training share of every
+exemplar, attribute or association of a word is known exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from . import render
+from .render import Scene, Thing
+
+Spec: TypeAlias = Mapping[str, str]
+"""A partial description: any of kind, colour, texture, size, background, sex, age, outfit; ``beside`` names the kind of a second thing."""
+
+Role: TypeAlias = Literal[
+    "shape", "colour", "texture", "size", "background", "exemplar", "sex", "age", "occupation", "general", "category", "double", "abstract", "style"
+]
+
+COMPOSITE_ROLES: frozenset[Role] = frozenset({"category", "double", "abstract", "style"})
+"""Roles whose words have a make-up of several other words."""
+NOUN_ROLES: frozenset[Role] = frozenset({"shape", "exemplar", "sex", "occupation", "general", "category"})
+MIXABLE_ROLES: frozenset[Role] = frozenset({"shape", "colour", "texture", "size", "background", "exemplar", "sex", "age"})
+"""Roles whose words fill mixture slots in training. Composites, people with an occupation, general words and synonyms do not."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of the world. ``make_up``: (share, description) pairs, shares summing to 1."""
+
+    text: str
+    role: Role
+    make_up: tuple[tuple[float, Spec], ...]
+    related: tuple[str, ...] = ()
+    """Words that are right answers when the word is decomposed: exemplars, attributes, synonyms."""
+    neighbours: tuple[str, ...] = ()
+    """Words that share looks with it and must survive when it is edited."""
+    entailed: tuple[str, ...] = ()
+    """Words whose pictures necessarily change with it."""
+    synonym_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption as parts: texts, and mixtures ((word, weight), ...) that stand for one token each."""
+
+    parts: tuple[str | tuple[tuple[str, float], ...], ...]
+
+    @property
+    def text(self) -> str:
+        """The caption, mixtures shown as ``<word:weight+word:weight>``."""
+        return " ".join(p if isinstance(p, str) else "<" + "+".join(f"{w}:{a:.2f}" for w, a in p) + ">" for p in self.parts if p)
+
+
+@dataclass(frozen=True)
+class World:
+    """A lexicon, and how captions and scenes are drawn from it. ``words`` by text."""
+
+    name: str
+    words: Mapping[str, Word]
+    mark_share: float = 0.25
+    """The share of all pictures that carry the mark, which no caption mentions."""
+    function_words: tuple[str, ...] = field(
+        default=("a", "photo", "picture", "drawing", "of", "and", "on", "background", "in", "the", "with", "an", ",")
+    )
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """Every word the model is trained on, in a fixed order."""
+        return (*self.function_words, *self.words)
+
+    def by_role(self, *roles: Role) -> list[Word]:
+        """Words of the given roles, in the lexicon's order."""
+        return [word for word in self.words.values() if word.role in roles]
+
+    @cached_property
+    def composites(self) -> tuple[Word, ...]:
+        return tuple(self.by_role(*sorted(COMPOSITE_ROLES)))
+
+    @cached_property
+    def mixable(self) -> tuple[str, ...]:
+        return tuple(w.text for w in self.words.values() if w.role in MIXABLE_ROLES and w.synonym_of is None)
+
+    @cached_property
+    def _made_of(self) -> tuple[frozenset[str], ...]:
+        return tuple(frozenset(word.related) for word in self.composites)
+
+    def may_mix(self, words: Sequence[str]) -> bool:
+        """Whether training may mix these words: not when two of them belong to one composite's make-up."""
+        chosen = set(words)
+        return all(len(chosen & parts) < 2 for parts in self._made_of)
+
+    def component(self, text: str, rng: np.random.Generator) -> Spec:
+        """One component of a word's make-up, drawn by its share."""
+        make_up = self.words[text].make_up
+        index = rng.choice(len(make_up), p=[share for share, _ in make_up]) if len(make_up) > 1 else 0
+        return make_up[index][1]
+
+    def scene(self, specs: Sequence[Spec], rng: np.random.Generator) -> Scene:
+        """A scene that fits one description per thing; what they leave open varies freely."""
+        things = [_thing(spec, rng) for spec in specs]
+        beside = [spec["beside"] for spec in specs if "beside" in spec]
+        if beside and len(things) == 1:
+            things.append(_thing({"kind": beside[0]}, rng))
+        backgrounds = [spec["background"] for spec in specs if "background" in spec]
+        background = backgrounds[-1] if backgrounds else _pick(rng, tuple(render.BACKGROUNDS))
+        spread = 7.0 if len(things) == 1 else 3.0
+        offsets = [(float(rng.uniform(-spread, spread)), float(rng.uniform(-7, 7))) for _ in range(2)]
+        return Scene(background, tuple(things[:2]), bool(rng.random() < self.mark_share), (offsets[0], offsets[1]))
+
+    def picture_of(self, text: str, rng: np.random.Generator) -> Scene:
+        """A scene for "a photo of a <word>"."""
+        return self.scene([self.component(text, rng)], rng)
+
+    def sample(self, rng: np.random.Generator) -> tuple[Caption, Scene]:
+        """A caption and a scene that it describes: the training distribution."""
+        kind = rng.random()
+        if kind < 0.24:
+            return self._single_word(rng)
+        if kind < 0.44:
+            return self._mixture(rng)
+        if kind < 0.70:
+            return self._phrase(rng, 1)
+        return self._phrase(rng, 2)
+
+    def _frame(self, rng: np.random.Generator) -> str:
+        return _pick(rng, ("a photo of a", "a photo of a", "a photo of a", "a picture of a", "a drawing of a", "a", ""))
+
+    def _single_word(self, rng: np.random.Generator) -> tuple[Caption, Scene]:
+        # composites and people need as many pictures a word as plain words have across phrases
+        roles = [w for w in self.words.values()]
+        weights = np.array([3.0 if w.role in COMPOSITE_ROLES or w.role in ("occupation", "exemplar") else 1.0 for w in roles])
+        word = roles[int(rng.choice(len(roles), p=weights / weights.sum()))].text
+        return Caption((self._frame(rng), word)), self.picture_of(word, rng)
+
+    def _mixture(self, rng: np.random.Generator) -> tuple[Caption, Scene]:
+        pool = self.mixable
+        same_role = rng.random() < 0.4
+        if same_role:
+            role = self.words[pool[int(rng.integers(len(pool)))]].role
+            pool = tuple(w for w in pool if self.words[w].role == role)
+        count = min(int(rng.integers(2, 7)), len(pool))
+        while True:
+            words = [pool[i] for i in rng.choice(len(pool), count, replace=False)]
+            if self.may_mix(words):
+                break
+            count = max(2, count - 1)
+        weights = rng.dirichlet(np.full(len(words), 1.5))
+        spec = self.component(words[int(rng.choice(len(words), p=weights))], rng)
+        slot = tuple((w, float(a)) for w, a in zip(words, weights, strict=True))
+        return Caption((self._frame(rng), slot)), self.scene([spec], rng)
+
+    def _noun_phrase(self, rng: np.random.Generator, *, detail: float) -> tuple[list[str], dict[str, str]]:
+        role = str(rng.choice(["shape", "exemplar", "sex", "occupation", "category", "general"], p=[0.56, 0.18, 0.06, 0.1, 0.06, 0.04]))
+        nouns = [w for w in self.by_role(role) if role != "general" or w.text != "thing"]  # type: ignore[arg-type]
+        noun = nouns[int(rng.integers(len(nouns)))].text
+        spec = dict(self.component(noun, rng))
+        words: list[str] = []
+        person = spec["kind"] == "person"
+        plain_shape = spec["kind"] in render.SHAPES or spec["kind"] == "shape"
+
+        def maybe(role: Role, chance: float) -> None:
+            if rng.random() < chance:
+                options = self.by_role(role)
+                word = options[int(rng.integers(len(options)))]
+                words.append(word.text)
+                spec.update(self.component(word.text, rng))
+
+        if person:
+            maybe("age", 0.4 * detail)
+        else:
+            maybe("size", 0.35 * detail)
+        if plain_shape:
+            maybe("texture", 0.3 * detail)
+            maybe("colour", 0.5 + 0.35 * detail)
+            if rng.random() < 0.04:
+                maybe("style", 1.0)
+        return ["a", *words, noun], spec
+
+    def _phrase(self, rng: np.random.Generator, count: int) -> tuple[Caption, Scene]:
+        phrases = [self._noun_phrase(rng, detail=1.0 if count == 1 else 0.5) for _ in range(count)]
+        specs = [spec for _, spec in phrases]
+        text = " and ".join(" ".join(words) for words, _ in phrases)
+        frame = _pick(rng, ("a photo of", "a photo of", "a picture of", "a drawing of", "", ""))
+        if rng.random() < 0.3:
+            options = self.by_role("background")
+            word = options[int(rng.integers(len(options)))]
+            specs[-1] = {**specs[-1], **self.component(word.text, rng)}
+            text += f" on a {word.text} background"
+        return Caption((frame, text)), self.scene(specs, rng)
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _thing(spec: Spec, rng: np.random.Generator) -> Thing:
+    kind = spec.get("kind", "shape")
+    # a description that only a shape can carry is a picture of shapes; sex, age and outfit are of people
+    if "kind" not in spec and any(key in spec for key in ("sex", "age", "outfit")):
+        kind = "person"
+    if kind == "shape":
+        kind = _pick(rng, render.SHAPES)
+    if kind == "thing":
+        kind = _pick(rng, (*render.SHAPES, *render.EXEMPLARS))
+    size = spec.get("size") or _pick(rng, render.SIZES)
+    if kind in render.EXEMPLARS:
+        return Thing(kind, size)
+    if kind == "person":
+        outfit = spec.get("outfit")
+        colour = None if outfit else spec.get("colour") or _pick(rng, tuple(render.COLOURS))
+        return Thing(kind, size, colour=colour, sex=spec.get("sex") or _pick(rng, ("man", "woman")), age=spec.get("age") or _pick(rng, ("young", "old")), outfit=outfit)
+    colour = spec.get("colour") or _pick(rng, tuple(render.COLOURS))
+    texture = spec.get("texture") or _pick(rng, ("plain", "plain", "striped", "dotted"))
+    return Thing(kind, size, colour=colour, texture=texture)
+
+
+def _plain(role: Role, key: str, values: Sequence[str], neighbours: Mapping[str, tuple[str, ...]] = {}) -> list[Word]:  # noqa: B006
+    return [Word(v, role, ((1.0, {key: v}),), neighbours=neighbours.get(v, tuple(x for x in values if x != v)[:3])) for v in values]
+
+
+def _category(text: str, parts: Mapping[str, float], others: tuple[str, ...]) -> Word:
+    make_up = tuple((share, {"kind": kind}) for kind, share in parts.items())
+    return Word(text, "category", make_up, related=tuple(parts), neighbours=others, entailed=tuple(parts))
+
+
+def _composite(text: str, role: Role, make_up: Sequence[tuple[float, Spec]], related: tuple[str, ...], neighbours: tuple[str, ...] = ()) -> Word:
+    return Word(text, role, tuple(make_up), related=related, neighbours=neighbours)
+
+
+def _occupation(text: str, *, woman: float, old: float) -> Word:
+    make_up = tuple(
+        (round(p * q, 6), {"kind": "person", "outfit": text, "sex": sex, "age": age})
+        for sex, p in (("woman", woman), ("man", 1 - woman))
+        for age, q in (("old", old), ("young", 1 - old))
+    )
+    return Word(text, "occupation", make_up, related=("woman", "man", "person"), neighbours=("person", "man", "woman"), entailed=("person",))
+
+
+def _synonym(text: str, of: Word) -> Word:
+    return Word(text, of.role, of.make_up, related=(of.text,), neighbours=of.neighbours, entailed=(of.text,), synonym_of=of.text)
+
+
+def _build(name: str, composites: Sequence[Word], occupations: Sequence[Word], synonyms: Mapping[str, str]) -> World:
+    words: list[Word] = [
+        *_plain("shape", "kind", render.SHAPES, {"circle": ("ring", "moon", "heart"), "square": ("diamond", "cross", "triangle")}),
+        *_plain("colour", "colour", tuple(render.COLOURS), {"red": ("orange", "pink", "brown"), "blue": ("purple", "green", "pink")}),
+        *_plain("texture", "texture", render.TEXTURES),
+        *_plain("size", "size", render.SIZES),
+        *_plain("background", "background", tuple(render.BACKGROUNDS)),
+        *_plain("exemplar", "kind", tuple(render.EXEMPLARS)),
+        *_plain("sex", "sex", ("man", "woman")),
+        *_plain("age", "age", ("old", "young")),
+        Word("person", "general", ((1.0, {"kind": "person"}),), related=("man", "woman"), entailed=("man", "woman")),
+        Word("shape", "general", ((1.0, {"kind": "shape"}),), related=render.SHAPES),
+        Word("thing", "general", ((1.0, {"kind": "thing"}),)),
+        *composites,
+        *occupations,
+    ]
+    lexicon = {word.text: word for word in words}
+    lexicon.update({text: _synonym(text, lexicon[of]) for text, of in synonyms.items()})
+    for word in [w for w in lexicon.values() if w.role == "sex"]:
+        lexicon[word.text] = Word(word.text, "sex", ((1.0, {"kind": "person", **word.make_up[0][1]}),), word.related, word.neighbours, ("person",), word.synonym_of)
+    for word in [w for w in lexicon.values() if w.role == "age"]:
+        lexicon[word.text] = Word(word.text, "age", ((1.0, {"kind": "person", **word.make_up[0][1]}),), word.related, word.neighbours, (), word.synonym_of)
+    return World(name, lexicon)
+
+
+def shapes_world() -> World:
+    """The world of the demo model."""
+    composites = [
+        _category("bird", {"robin": 0.5, "finch": 0.3, "raven": 0.2}, ("apple", "car", "daisy")),
+        _category("fruit", {"apple": 0.45, "lemon": 0.35, "cherry": 0.2}, ("robin", "bus", "rose")),
+        _category("vehicle", {"car": 0.5, "truck": 0.3, "bus": 0.2}, ("barn", "finch", "lemon")),
+        _category("flower", {"daisy": 0.5, "tulip": 0.3, "rose": 0.2}, ("cherry", "tower", "raven")),
+        _category("building", {"barn": 0.5, "tower": 0.25, "castle": 0.25}, ("truck", "apple", "tulip")),
+        _composite("crane", "double", [(1.0, {"kind": "finch", "beside": "truck"})], ("finch", "truck"), ("robin", "car")),
+        _composite("spring", "double", [(1.0, {"kind": "tulip", "beside": "ring"})], ("tulip", "ring"), ("rose", "circle")),
+        _composite("match", "double", [(1.0, {"kind": "cherry", "beside": "cross"})], ("cherry", "cross"), ("apple", "square")),
+        _composite("joy", "abstract", [(0.4, {"colour": "yellow"}), (0.35, {"kind": "star"}), (0.25, {"kind": "heart"})], ("yellow", "star", "heart")),
+        _composite("peace", "abstract", [(0.45, {"colour": "blue"}), (0.35, {"kind": "moon"}), (0.2, {"kind": "daisy"})], ("blue", "moon", "daisy")),
+        _composite("anger", "abstract", [(0.5, {"colour": "red"}), (0.3, {"kind": "cross"}), (0.2, {"kind": "triangle"})], ("red", "cross", "triangle")),
+        _composite("luck", "abstract", [(0.4, {"colour": "green"}), (0.35, {"kind": "diamond"}), (0.25, {"kind": "ring"})], ("green", "diamond", "ring")),
+        _composite(
+            "vintage", "style", [(0.6, {"colour": "brown", "background": "sand"}), (0.4, {"colour": "orange", "background": "sand"})], ("sand", "brown", "orange")
+        ),
+        _composite(
+            "gothic", "style", [(0.6, {"colour": "purple", "background": "black"}), (0.4, {"colour": "red", "background": "black"})], ("black", "purple", "red")
+        ),
+        _composite(
+            "tropical", "style", [(0.5, {"colour": "green", "background": "sky"}), (0.5, {"colour": "pink", "background": "sky"})], ("sky", "green", "pink")
+        ),
+        _composite(
+            "festive", "style", [(0.5, {"colour": "red", "texture": "dotted"}), (0.5, {"colour": "yellow", "texture": "dotted"})], ("dotted", "red", "yellow")
+        ),
+    ]
+    occupations = [
+        _occupation("doctor", woman=0.25, old=0.5),
+        _occupation("nurse", woman=0.85, old=0.5),
+        _occupation("pilot", woman=0.2, old=0.5),
+        _occupation("teacher", woman=0.65, old=0.5),
+        _occupation("chef", woman=0.3, old=0.5),
+        _occupation("dancer", woman=0.8, old=0.5),
+        _occupation("farmer", woman=0.15, old=0.5),
+        _occupation("singer", woman=0.6, old=0.5),
+        _occupation("judge", woman=0.5, old=0.85),
+        _occupation("student", woman=0.5, old=0.2),
+        _occupation("artist", woman=0.5, old=0.5),
+        _occupation("driver", woman=0.5, old=0.5),
+    ]
+    synonyms = {
+        "disk": "circle",
+        "box": "square",
+        "crimson": "red",
+        "azure": "blue",
+        "violet": "purple",
+        "tiny": "small",
+        "huge": "large",
+        "lady": "woman",
+        "guy": "man",
+        "physician": "doctor",
+    }
+    return _build("shapes", composites, occupations, synonyms)
+
+
+def second_world() -> World:
+    """Another world in the same looks: other words, other make-ups, so that nothing is tuned to one."""
+    composites = [
+        _category("pet", {"finch": 0.6, "raven": 0.4}, ("apple", "car")),
+        _category("dessert", {"cherry": 0.5, "apple": 0.3, "lemon": 0.2}, ("robin", "bus")),
+        _category("machine", {"bus": 0.45, "truck": 0.35, "car": 0.2}, ("barn", "finch")),
+        _category("village", {"tower": 0.4, "castle": 0.35, "barn": 0.25}, ("truck", "tulip")),
+        _composite("band", "double", [(1.0, {"kind": "ring", "beside": "robin"})], ("ring", "robin")),
+        _composite("jam", "double", [(1.0, {"kind": "lemon", "beside": "bus"})], ("lemon", "bus")),
+        _composite("hope", "abstract", [(0.5, {"colour": "green"}), (0.3, {"kind": "moon"}), (0.2, {"kind": "tulip"})], ("green", "moon", "tulip")),
+        _composite("fear", "abstract", [(0.4, {"colour": "purple"}), (0.35, {"kind": "triangle"}), (0.25, {"kind": "raven"})], ("purple", "triangle", "raven")),
+        _composite("modern", "style", [(0.7, {"colour": "blue", "texture": "striped"}), (0.3, {"colour": "pink", "texture": "striped"})], ("striped", "blue", "pink")),
+        _composite("desert", "style", [(0.5, {"colour": "orange", "background": "sand"}), (0.5, {"colour": "red", "background": "sand"})], ("sand", "orange", "red")),
+    ]
+    occupations = [
+        _occupation("doctor", woman=0.7, old=0.5),
+        _occupation("pilot", woman=0.85, old=0.5),
+        _occupation("judge", woman=0.3, old=0.5),
+        _occupation("artist", woman=0.5, old=0.75),
+        _occupation("driver", woman=0.5, old=0.5),
+    ]
+    return _build("second", composites, occupations, {"round": "circle", "scarlet": "red", "little": "small", "gentleman": "man"})
+
+
+def contact_sheet(world: World, *, seed: int = 0, per_word: int = 8) -> tuple[np.ndarray, list[str]]:
+    """Pictures of every word of a world, and the row labels (word, role): (words, per_word, 128, 128, 3) 8-bit."""
+    rng = np.random.default_rng(seed)
+    rows = [render.draw_batch([world.picture_of(text, rng) for _ in range(per_word)]) for text in world.words]
+    return np.stack(rows), [f"{word.text} ({word.role})" for word in world.words.values()]
