@@ -1,0 +1,156 @@
+"""Which words a concept may be taken apart into: whole-word tokens, without the concept and its near-copies."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .model import TextEncoder
+
+WORD_END = "</w>"
+"""What CLIP's vocabulary appends to the last piece of a word."""
+
+_FUNCTION_WORDS = (
+    "about above after again against all also although always among and another any anyone anything are around because been before "
+    "being below between both but can cannot could did does doing done down during each either else ever every everyone everything few "
+    "for from further get gets getting goes going gone got had has have having her here hers herself him himself his how however into "
+    "isn its itself just let lets like made make makes making many may might more most much must myself neither never nor not nothing now "
+    "off often once one only onto other others our ours ourselves out over own per perhaps quite rather really same see she should since "
+    "some someone something such than that the their theirs them themselves then there these they this those though through thru too "
+    "toward towards under until upon very via was were what whatever when where whether which while who whom whose why will with within "
+    "without would yet you your yours yourself yourselves"
+)
+STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
+"""English function words: they place and relate things in a sentence but name nothing that can be seen."""
+
+NEAR_COPY = 0.9
+"""Cosine of two token embeddings above which a word counts as a spelling of the concept itself."""
+
+_IRREGULAR = {
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "people": "person",
+    "mice": "mouse",
+    "geese": "goose",
+    "feet": "foot",
+    "teeth": "tooth",
+    "dice": "die",
+}
+
+
+def stem(word: str) -> str:
+    """``word`` without the commonest English inflections (plural, possessive, -ed, -ing, -er, -est, -ly, -ish, -y), lower case.
+
+    Two forms of one word share a stem; the stem itself need not be a word. Short words keep at least three letters.
+    """
+    word = unicodedata.normalize("NFKC", word).lower().removesuffix("'s").removesuffix("\u2019s")
+    word = _IRREGULAR.get(word, word)
+    for ending, instead in (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x")):
+        if word.endswith(ending) and len(word) - len(ending) >= 2:
+            word = word.removesuffix(ending) + instead
+            break
+    else:
+        if word.endswith("s") and not word.endswith(("ss", "us", "is")) and len(word) > 3:
+            word = word[:-1]
+    for ending in ("ing", "est", "ish", "ed", "er", "ly"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            word = word.removesuffix(ending)
+            if word[-1] == word[-2] and word[-1] not in "aeiouls":
+                word = word[:-1]
+            break
+    for ending in ("e", "y", "i"):
+        if word.endswith(ending) and len(word) > 3:
+            word = word[:-1]
+            break
+    return word[:-1] + "v" if word.endswith("f") else word
+
+
+def whole_words(text: TextEncoder) -> dict[str, int]:
+    """Every vocabulary entry that is a visible English word by itself, with its token id, in vocabulary order.
+
+    Alphabetic, lower case, at least three letters, not a stop word. CLIP's vocabulary lists commoner words first.
+    """
+    words: dict[str, int] = {}
+    for token, index in text.vocabulary.items():
+        word = token.removesuffix(WORD_END)
+        if word != token and len(word) >= 3 and word.isascii() and word.isalpha() and word == word.lower() and word not in STOP_WORDS:
+            words[word] = index
+    return words
+
+
+def is_known(text: TextEncoder, concept: str) -> bool:
+    """Whether any word of ``concept`` means something to the tokenizer: it joins at least some of the word's letters to a larger piece."""
+    for word in concept.split():
+        visible = "".join(letter for letter in word if unicodedata.category(letter)[0] in "LNS")
+        if visible and (visible.lower() + WORD_END in text.vocabulary or len(text.tokenize(visible)) < len(visible.encode())):
+            return True
+    return False
+
+
+def embeddings(text: TextEncoder, ids: Sequence[int]) -> dict[str, Tensor]:
+    """Per text encoder the token embeddings of ``ids``: (len(ids), width), float32."""
+    return {name: table[torch.as_tensor(ids, dtype=torch.long, device=table.device)] for name, table in text.tables.items()}
+
+
+def similarity(text: TextEncoder, ids: Sequence[int], others: Sequence[int]) -> Tensor:
+    """Cosines between the token embeddings of ``ids`` and ``others``, averaged over the text encoders: (len(ids), len(others)), CPU."""
+    ours, theirs = embeddings(text, ids), embeddings(text, others)
+    return torch.stack([(normalize(ours[name], dim=1) @ normalize(theirs[name], dim=1).T).cpu() for name in ours]).mean(0)
+
+
+def candidates(
+    text: TextEncoder,
+    concept: str | None,
+    *,
+    limit: int,
+    words: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    keep_concept: bool = False,
+) -> dict[str, int]:
+    """The words ``concept`` may be taken apart into, with their token ids: at most ``limit``, nearest token embedding first.
+
+    The pool is ``words`` where given (each must be one whole token), else ``whole_words``. Left out of either: ``exclude``, and unless
+    ``keep_concept`` every word that shares a stem with a word of the concept, begins with one (from four letters on), or whose
+    embedding has cosine > 0.9 with a one-token concept. ``concept`` None (a pseudo-token without a name) leaves nothing out and
+    keeps vocabulary order. A ``words`` list no longer than ``limit`` keeps its own order.
+
+    Raises ValueError when a given word is no single token of this text encoder, or when nothing is left.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if words is None:
+        pool = whole_words(text)
+    else:
+        listed = list(dict.fromkeys(word.strip().lower() for word in words if word.strip()))
+        pieces = [word for word in listed if word + WORD_END not in text.vocabulary]
+        if pieces:
+            raise ValueError(f"not a single token of this text encoder: {', '.join(pieces[:10])}. Take these words off the candidate list")
+        pool = {word: text.vocabulary[word + WORD_END] for word in listed}
+    dropped = {word.strip().lower() for word in exclude}
+    pool = {word: index for word, index in pool.items() if word not in dropped}
+    own = [] if concept is None else text.tokenize(concept)
+    near: dict[str, float] = {}
+    if pool and own:
+        cosines = similarity(text, list(pool.values()), own)
+        near = dict(zip(pool, cosines.amax(1).tolist(), strict=True))
+        if not keep_concept and concept is not None:
+            parts = [part.lower() for part in concept.split()]
+            stems = {stem(part) for part in parts}
+            starts = tuple(part for part in parts if len(part) >= 4)
+            one = len(own) == 1
+            pool = {
+                word: index
+                for word, index in pool.items()
+                if stem(word) not in stems and not word.startswith(starts) and word not in parts and not (one and near[word] > NEAR_COPY)
+            }
+    if not pool:
+        raise ValueError("no candidate words are left: give a longer candidate list, or exclude fewer words")
+    if len(pool) <= limit:
+        return pool
+    ranked = sorted(pool, key=lambda word: (-near.get(word, 0.0), pool[word]))[:limit]
+    return {word: pool[word] for word in ranked}

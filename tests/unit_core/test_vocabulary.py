@@ -1,0 +1,110 @@
+"""Candidate words: what counts as a word, what is too close to the concept, and how a limit is met."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conceptkit.core.vocabulary import candidates, is_known, similarity, stem, whole_words
+from torch.nn.functional import normalize
+
+TOKENS = [
+    f"{word}</w>" for word in ("a", "the", "with", "bird", "birds", "birding", "robin", "Robin", "finch", "2024", "red", "reddish", "crane")
+]
+TOKENS += ["rob", "in</w>"]
+TOKENS += [f"filler{a}{b}</w>" for a in "abcde" for b in "abcde"] + [f"{c}" for c in "bcdxyz"] + [f"{c}</w>" for c in "bcdxyz"]
+
+
+class Text:
+    """A text encoder of whole words; an unknown word falls into its letters."""
+
+    def __init__(self, tokens: list[str] = TOKENS) -> None:
+        self.vocabulary = {token: index for index, token in enumerate(tokens)}
+        generator = torch.Generator().manual_seed(0)
+        self.tables = {name: torch.randn(len(tokens), width, generator=generator) for name, width in (("l", 16), ("g", 24))}
+
+    def tokenize(self, text: str) -> list[int]:
+        ids = []
+        for word in text.lower().split():
+            pieces = [word + "</w>"] if word + "</w>" in self.vocabulary else list(word)
+            ids += [self.vocabulary.get(piece, 0) for piece in pieces]
+        return ids
+
+
+def test_whole_words_are_visible_lower_case_words_in_vocabulary_order() -> None:
+    words = whole_words(Text())  # type: ignore[arg-type]
+    assert list(words)[:5] == ["bird", "birds", "birding", "robin", "finch"]
+    assert not {"a", "the", "with", "Robin", "rob", "in", "2024", "x"} & set(words)
+    assert all(Text().vocabulary[word + "</w>"] == index for word, index in words.items())
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        "bird birds",
+        "run runs running",
+        "red redder reddish",
+        "baby babies",
+        "wolf wolves",
+        "wave waves",
+        "wife wives",
+        "man men",
+        "box boxes",
+        "happy happier happiest",
+        "glass glasses",
+        "horse horses",
+        "paint painter painting painted",
+        "person people",
+        "church churches",
+    ],
+)
+def test_inflections_share_a_stem(forms: str) -> None:
+    assert len({stem(form) for form in forms.split()}) == 1
+
+
+@pytest.mark.parametrize(
+    "pair", ["bird robin", "king ring", "bus bush", "star start", "car card", "cat caterer", "circle circus", "fish finch"]
+)
+def test_different_words_keep_different_stems(pair: str) -> None:
+    first, second = pair.split()
+    assert stem(first) != stem(second)
+
+
+def test_the_concept_and_its_near_copies_are_left_out_unless_kept() -> None:
+    text = Text()
+    assert not {"bird", "birds", "birding"} & set(candidates(text, "Bird", limit=100))  # type: ignore[arg-type]
+    assert {"bird", "birds", "birding"} <= set(candidates(text, "bird", limit=100, keep_concept=True))  # type: ignore[arg-type]
+    assert not {"red", "reddish", "bird", "birds"} & set(candidates(text, "red bird", limit=100))  # type: ignore[arg-type]
+    for name, table in text.tables.items():
+        table[text.vocabulary["robin</w>"]] = 2 * table[text.vocabulary["finch</w>"]]
+        assert name
+    assert "robin" not in candidates(text, "finch", limit=100)  # type: ignore[arg-type]
+    assert "finch" in candidates(text, "crane", limit=100, words=["finch", "robin"])  # type: ignore[arg-type]
+
+
+def test_a_limit_keeps_the_nearest_embeddings() -> None:
+    text = Text()
+    words = candidates(text, "crane", limit=7)  # type: ignore[arg-type]
+    everything = candidates(text, "crane", limit=1000)  # type: ignore[arg-type]
+    cosines = dict(zip(everything, similarity(text, list(everything.values()), text.tokenize("crane"))[:, 0].tolist(), strict=True))  # type: ignore[arg-type]
+    assert list(words) == sorted(everything, key=lambda word: -cosines[word])[:7]
+    l, g = (normalize(text.tables[name], dim=1) for name in "lg")  # noqa: E741
+    i, j = text.vocabulary["robin</w>"], text.vocabulary["crane</w>"]
+    assert cosines["robin"] == pytest.approx(float((l[i] @ l[j] + g[i] @ g[j]) / 2), abs=1e-6)
+
+
+def test_a_given_list_is_kept_in_order_and_checked() -> None:
+    text = Text()
+    assert list(candidates(text, "crane", limit=10, words=["red", "Finch", "bird", "red"])) == ["red", "finch", "bird"]  # type: ignore[arg-type]
+    assert list(candidates(text, None, limit=10, words=["red", "bird"], exclude=["Bird"])) == ["red"]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"not a single token.*flamingo"):
+        candidates(text, "crane", limit=10, words=["red", "flamingo"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no candidate words are left"):
+        candidates(text, "bird", limit=10, words=["birds", "bird"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="limit"):
+        candidates(text, "bird", limit=0)  # type: ignore[arg-type]
+
+
+def test_a_concept_is_known_when_the_tokenizer_joins_its_letters() -> None:
+    text = Text()
+    assert is_known(text, "bird") and is_known(text, "Bird!") and is_known(text, "xyz bird") and is_known(text, "x")  # type: ignore[arg-type]
+    assert not is_known(text, "xyz") and not is_known(text, "  ") and not is_known(text, "?!")  # type: ignore[arg-type]
