@@ -32,11 +32,12 @@ $(VENV)/.headless: $(REQUIREMENTS)
 	$(VENV)/bin/python $(PIP) -e ".[headless]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.headless
+$(VENV)/.dev: $(REQUIREMENTS)
+	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) -e ".[headless,dev]"
-	touch $@
+	touch $(VENV)/.headless $@
 
-# Without their dependencies: the template media (hundreds of megabytes) and a second opinion on torch are not needed here.
+# --no-deps where the dependencies are the templates' media, or torch a second time.
 $(COMFYUI_VENV)/bin/python: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(COMFYUI_VENV)
 	grep -vE '^(torchvision|torchaudio|comfyui-workflow-templates)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/requirements.txt

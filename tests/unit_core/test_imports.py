@@ -1,0 +1,105 @@
+"""The house rules that imports can break: arrows web -> nodes -> core, and nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "node_helpers", "server"}
+ABOVE = {"bench", "cli", "demo", "hosts"}
+"""What stands on the methods; no method may know of it."""
+SLOW = {"diffusers", "matplotlib", "scipy", "transformers", "typer"}
+MODULES = sorted(path.relative_to(ROOT) for top in ("core", "nodes") for path in (ROOT / top).rglob("*.py"))
+METHODS = [m for m in MODULES if m.parts[0] == "core" and m.with_suffix("").parts[1] not in ABOVE]
+
+
+def absolute(module: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """The absolute imports of a module, as dotted names."""
+    for node in statements(module, top_level_only):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.module
+
+
+def relative(module: Path) -> Iterator[tuple[str, ...]]:
+    """What a module imports relatively, as paths from the root: each imported name counts, since it may be a module."""
+    for node in statements(module, False):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = module.parts[: -node.level] + tuple((node.module or "").split(".") if node.module else ())
+            yield from ((*base, alias.name) for alias in node.names)
+
+
+def statements(module: Path, top_level_only: bool) -> Iterator[ast.AST]:
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    return iter(tree.body) if top_level_only else ast.walk(tree)
+
+
+def first(names: Iterator[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_tree_is_read():
+    assert Path("core/model.py") in METHODS
+    assert Path("core/hosts/checkpoint.py") in MODULES
+
+
+@pytest.mark.parametrize("module", [Path("__init__.py"), *MODULES], ids=str)
+def test_only_relative_imports_inside_the_pack(module):
+    assert not first(absolute(module)) & {"conceptkit", "core", "nodes", "tests"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[0] == "core"], ids=str)
+def test_core_knows_no_host_and_no_node(module):
+    assert not first(absolute(module)) & HOST
+    assert all(target[:1] == ("core",) for target in relative(module))
+
+
+@pytest.mark.parametrize("module", METHODS, ids=str)
+def test_methods_know_nothing_above_them(module):
+    assert not [target for target in relative(module) if target[1] in ABOVE]
+
+
+@pytest.mark.parametrize("module", METHODS + [m for m in MODULES if m.parts[0] == "nodes"], ids=str)
+def test_listing_nodes_loads_nothing_slow(module):
+    assert not first(absolute(module, top_level_only=True)) & SLOW
+
+
+def test_only_the_host_s_rooms_know_comfyui_s_insides():
+    knows = {m.name for m in MODULES if m.parts[0] == "nodes" and first(absolute(m)) & (HOST - {"comfy_api", "folder_paths"})}
+    assert knows <= {"comfy_model.py", "demo_model.py"}
+
+
+def test_the_root_holds_the_entry_alone():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    defined = {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)}
+    defined |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    assert defined == {"WEB_DIRECTORY", "comfy_entrypoint"}
+    assert first(absolute(Path("__init__.py"), top_level_only=True)) <= {"__future__", "typing"}
+
+
+def test_importing_the_pack_costs_nothing():
+    code = "import sys; before = set(sys.modules); import conceptkit; print(*sorted(set(sys.modules) - before))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / ".dev")}, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "conceptkit" in loaded
+    assert {name.split(".")[0] for name in loaded} <= {"conceptkit", *sys.stdlib_module_names}
+
+
+def test_pyproject_lists_every_package():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {Path(), *(module.parent for module in MODULES)}
+    assert {".".join(("conceptkit", *folder.parts)) for folder in folders} == set(setup["packages"])
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
