@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -101,7 +102,7 @@ def unet_to_diffusers(sd: Mapping[str, Tensor]) -> StateDict:
     if not blocks:
         raise ValueError("no UNet in these weights: there is no input_blocks.0")
     edges = [0, *samplers, max(blocks) + 1]
-    layers = [b - a - 1 for a, b in zip(edges, edges[1:], strict=False)]
+    layers = [b - a - 1 for a, b in pairwise(edges)]
     attended = {m[1] for k in sd if (m := re.match(r"(output_blocks\.\d+\.1)\.transformer_blocks\.", k))}
     return _renamed(sd, _modules(layers, attended))
 
@@ -145,7 +146,9 @@ def to_single_file(
         elif part == "decoder":
             out[VAE_DECODER + _decoder_shift(rest, 1)] = value
         else:
-            raise ValueError(f"unexpected autoencoder weight {key!r}: only the tiny autoencoder (AutoencoderTiny) has a place in this layout")
+            raise ValueError(
+                f"unexpected autoencoder weight {key!r}: only the tiny autoencoder (AutoencoderTiny) has a place in this layout"
+            )
     out[VAE + "vae_scale"], out[VAE + "vae_shift"] = torch.tensor(1.0), torch.tensor(0.0)
     return out | {SCORER + k: v for k, v in (scorer_sd or {}).items()}
 
@@ -174,7 +177,9 @@ def from_single_file(sd: Mapping[str, Tensor]) -> tuple[StateDict, StateDict, St
             scorer[key[len(SCORER) :]] = value
         elif key in (VAE + "vae_scale", VAE + "vae_shift"):
             if float(value) != float(key.endswith("vae_scale")):
-                raise ValueError(f"{key} is {float(value):g}: only a tiny autoencoder with latents at unit scale (scale 1, shift 0) can be read")
+                raise ValueError(
+                    f"{key} is {float(value):g}: only a tiny autoencoder with latents at unit scale (scale 1, shift 0) can be read"
+                )
         else:
             raise ValueError(
                 f"unexpected weight {key!r}: only the demo's single-file layout (SD 1.x UNet, CLIP text, tiny autoencoder) can be read; "

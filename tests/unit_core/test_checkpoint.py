@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 LAYOUTS = {
-    "attention below": dict(channels=(32, 64), layers=1, attention=(False, True)),
-    "attention everywhere": dict(channels=(32, 32, 64), layers=2, attention=(True, True, True)),
-    "sd1": dict(channels=(32, 32, 32, 32), layers=2, attention=(True, True, True, False)),
-    "one level": dict(channels=(32,), layers=3, attention=(True,)),
-    "sdxl": dict(channels=(32, 32, 32), layers=2, attention=(False, True, True), transformer_layers_per_block=(1, 2, 3)),
+    "attention below": {"channels": (32, 64), "layers": 1, "attention": (False, True)},
+    "attention everywhere": {"channels": (32, 32, 64), "layers": 2, "attention": (True, True, True)},
+    "sd1": {"channels": (32, 32, 32, 32), "layers": 2, "attention": (True, True, True, False)},
+    "one level": {"channels": (32,), "layers": 3, "attention": (True,)},
+    "sdxl": {"channels": (32, 32, 32), "layers": 2, "attention": (False, True, True), "transformer_layers_per_block": (1, 2, 3)},
 }
 
 
