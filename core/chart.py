@@ -1,0 +1,247 @@
+"""Every chart and contact sheet, in one look.
+
+Drawn with matplotlib's object API on the Agg canvas, in the font that matplotlib ships: the same input gives the same bytes, and no
+global state is changed. matplotlib is imported when something is drawn, not before.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.font_manager import FontProperties
+
+Picture: TypeAlias = NDArray[np.uint8]
+"""(height, width, 3)."""
+
+PAPER, INK, SOFT, RULE = "#fbfaf7", "#14181f", "#6a7280", "#d9d5cc"
+ACCENT, SECOND, EMPTY = "#3a86c8", "#e4572e", "#efece5"
+
+_WIDTH, _MARGIN = 1200, 48
+_ROW = 44
+
+
+def share_bars(
+    words: Sequence[str], shares: Sequence[float], importances: Sequence[float] | None = None, *, title: str, subtitle: str = ""
+) -> Picture:
+    """A decomposition: one bar a word, as long as its share; beside it, if given, the R² lost without the word.
+
+    words: at least one, drawn in the order given. shares: 0 or more each, 1 being the whole. importances: any finite number each.
+    Returns 1200 pixels wide, as high as the words need. Raises ValueError for other lengths or values.
+    """
+    if not words:
+        raise ValueError("there is no word to draw: give at least one")
+    if len(shares) != len(words) or (importances is not None and len(importances) != len(words)):
+        raise ValueError(f"{len(words)} words need as many shares and importances: give one each")
+    if not np.isfinite([*shares, *(importances or [])]).all() or min(shares) < 0:
+        raise ValueError("shares must be finite and not negative, and importances finite")
+    sheet = _Sheet()
+    left = _MARGIN + min(max(sheet.measure(word, 18) for word in words), 330) + 20
+    value_room = 74
+    right = _WIDTH - _MARGIN if importances is None else 810
+    top = sheet.heading(title, subtitle) + 34
+    sheet.text(left, top - 12, "share", 14, SOFT)
+    scale = (right - left - value_room) / (max(shares) or 1)
+    bottom = top + _ROW * len(words)
+    sheet.line(left, top, left, bottom, RULE)
+    for row, (word, share) in enumerate(zip(words, shares, strict=True)):
+        middle = top + _ROW * row + _ROW / 2
+        sheet.text(left - 20, middle, word, 18, INK, ha="right", va="center_baseline", room=left - 20 - _MARGIN)
+        sheet.box(left, middle - 12, share * scale, 24, ACCENT)
+        sheet.text(left + share * scale + 12, middle, _percent(share), 16, INK, va="center_baseline")
+    if importances is not None:
+        _importances(sheet, importances, right + 40, top)
+    return sheet.render(bottom + _MARGIN)
+
+
+def _importances(sheet: _Sheet, importances: Sequence[float], left: float, top: float) -> None:
+    sheet.text(left + 8, top - 12, "ΔR² without the word", 14, SOFT)
+    right = _WIDTH - _MARGIN - 84
+    low, high = min(0.0, *importances), max(0.0, *importances)
+    scale = (right - left - 16) / ((high - low) or 1)
+    zero = left + 8 - low * scale
+    sheet.line(zero, top, zero, top + _ROW * len(importances), RULE)
+    for row, importance in enumerate(importances):
+        middle = top + _ROW * row + _ROW / 2
+        sheet.line(zero, middle, zero + importance * scale, middle, SECOND, 2.5)
+        sheet.dot(zero + importance * scale, middle, 6, SECOND)
+        value = f"{round(importance, 3) + 0.0:.3f}".replace("-", "−")  # adding zero: what rounds to zero has no sign
+        sheet.text(_WIDTH - _MARGIN, middle, value, 16, INK, ha="right", va="center_baseline")
+
+
+def picture_grid(
+    pictures: Sequence[Sequence[NDArray[Any] | None]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    *,
+    title: str = "",
+    subtitle: str = "",
+) -> Picture:
+    """A contact sheet: rows of pictures with a label before each row and above each column, shown pixel for pixel.
+
+    pictures: each (height, width, 3), uint8 or float in [0, 1], smaller ones centred in their cell; None leaves a cell empty. Pictures
+    that are all below 96 pixels are enlarged by a whole factor. Raises ValueError for an empty grid, rows of unequal length, labels
+    that do not match, or something that is no picture.
+    """
+    columns = len(pictures[0]) if pictures else 0
+    if not columns or any(len(row) != columns for row in pictures):
+        raise ValueError("a contact sheet needs rows of equal length with at least one picture each")
+    if (row_labels and len(row_labels) != len(pictures)) or (column_labels and len(column_labels) != columns):
+        raise ValueError(f"{len(pictures)} rows of {columns} pictures need as many labels, or none")
+    cells = [[None if picture is None else _bytes(picture) for picture in row] for row in pictures]
+    sizes = [picture.shape[:2] for row in cells for picture in row if picture is not None] or [(96, 96)]
+    zoom = max(1, -(-96 // max(max(size) for size in sizes)))
+    height, width = (zoom * max(side) for side in zip(*sizes, strict=True))
+    sheet, gap = _Sheet(), 10
+    label_room = min(max((sheet.measure(label, 16) for label in row_labels), default=0), 240)
+    left = _MARGIN + (label_room + 18 if row_labels else 0)
+    # Few small pictures would leave a sheet narrower than its title: the paper keeps a least width, the pictures keep theirs.
+    sheet.width = max(left + columns * (width + gap) - gap + _MARGIN, 480)
+    top = sheet.heading(title, subtitle) if title or subtitle else _MARGIN
+    if column_labels:
+        wrapped = [sheet.wrap(label, 15, width, 3) for label in column_labels]
+        top += 20 * max(len(lines) for lines in wrapped) + 4
+        for column, lines in enumerate(wrapped):
+            for line, text in enumerate(reversed(lines)):
+                sheet.text(left + column * (width + gap) + width / 2, top - 8 - 20 * line, text, 15, INK, ha="center")
+    for row, label in enumerate(row_labels):
+        lines = sheet.wrap(label, 16, label_room, max(1, height // 22))
+        for line, text in enumerate(lines):
+            middle = top + row * (height + gap) + height / 2 + 22 * (line - (len(lines) - 1) / 2)
+            sheet.text(left - 18, middle, text, 16, INK, ha="right", va="center_baseline")
+    picture = sheet.render(top + len(cells) * (height + gap) - gap + _MARGIN)
+    empty = np.array([int(EMPTY[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.uint8)
+    for row, line_of in enumerate(cells):
+        for column, cell in enumerate(line_of):
+            y, x = round(top) + row * (height + gap), round(left) + column * (width + gap)
+            picture[y : y + height, x : x + width] = empty
+            if cell is not None:
+                enlarged = cell.repeat(zoom, 0).repeat(zoom, 1)
+                y, x = y + (height - enlarged.shape[0]) // 2, x + (width - enlarged.shape[1]) // 2
+                picture[y : y + enlarged.shape[0], x : x + enlarged.shape[1]] = enlarged
+    return picture
+
+
+def save(path: str | Path, picture: Picture) -> None:
+    """Write a picture as the file type its name says (.png, .jpg); equal pictures give equal files."""
+    from PIL import Image
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(_bytes(picture)).save(path, quality=92)
+
+
+class _Sheet:
+    """Paper with pixel coordinates, the origin at the top left, that grows to what is put on it."""
+
+    def __init__(self) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.width: float = _WIDTH
+        self.figure = Figure(dpi=72, facecolor=PAPER)  # at 72 dpi a point is a pixel
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set_axis_off()
+
+    def measure(self, text: str, size: float, *, bold: bool = False) -> float:
+        """The width of ``text`` in pixels."""
+        return float(self.canvas.get_renderer().get_text_width_height_descent(text, _font(size, bold), False)[0])
+
+    def fit(self, text: str, size: float, room: float, *, bold: bool = False) -> str:
+        """``text``, shortened with an ellipsis until it fits."""
+        if self.measure(text, size, bold=bold) <= room:
+            return text
+        kept = bisect_right(range(1, len(text)), room, key=lambda length: self.measure(text[:length] + "…", size, bold=bold))
+        return text[:kept].rstrip() + "…"
+
+    def wrap(self, text: str, size: float, room: float, most: int) -> list[str]:
+        """``text`` in at most ``most`` lines that fit, broken between words; what is left over is shortened."""
+        lines: list[str] = []
+        for word in text.split():
+            if lines and (len(lines) == most or self.measure(f"{lines[-1]} {word}", size) <= room):
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
+        return [self.fit(line, size, room) for line in lines]
+
+    def heading(self, title: str, subtitle: str) -> float:
+        """Title and subtitle; returns where the rest may begin."""
+        room = self.width - 2 * _MARGIN
+        y = float(_MARGIN)
+        if title:
+            y += 22
+            self.text(_MARGIN, y, title, 26, INK, bold=True, room=room)
+        for line in self.wrap(subtitle, 16, room, 3):
+            y += 28
+            self.text(_MARGIN, y, line, 16, SOFT)
+        return y + 24
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float,
+        colour: str,
+        *,
+        ha: Literal["left", "center", "right"] = "left",
+        va: Literal["baseline", "center_baseline"] = "baseline",
+        bold: bool = False,
+        room: float | None = None,
+    ) -> None:
+        """One line of text, taken literally; shortened to ``room`` if given."""
+        shown = text if room is None else self.fit(text, size, room, bold=bold)
+        self.axes.text(x, y, shown, color=colour, fontproperties=_font(size, bold), ha=ha, va=va, parse_math=False, usetex=False)
+
+    def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        from matplotlib.patches import FancyBboxPatch
+
+        corner = min(4.0, width / 2)
+        style = f"round,pad=0,rounding_size={corner}"
+        self.axes.add_patch(FancyBboxPatch((x, y), width, height, style, facecolor=colour, edgecolor="none"))
+
+    def line(self, x0: float, y0: float, x1: float, y1: float, colour: str, width: float = 1.5) -> None:
+        from matplotlib.lines import Line2D
+
+        # The patches' zorder: what is drawn later lies above.
+        self.axes.add_line(Line2D([x0, x1], [y0, y1], color=colour, linewidth=width, solid_capstyle="butt", zorder=1))
+
+    def dot(self, x: float, y: float, radius: float, colour: str) -> None:
+        from matplotlib.patches import Circle
+
+        self.axes.add_patch(Circle((x, y), radius, facecolor=colour, edgecolor="none"))
+
+    def render(self, height: float) -> Picture:
+        """The finished sheet."""
+        pixels = round(self.width), round(height)
+        self.figure.set_size_inches(pixels[0] / 72, pixels[1] / 72)
+        self.axes.set_xlim(0, pixels[0])
+        self.axes.set_ylim(pixels[1], 0)
+        self.canvas.draw()
+        return np.array(self.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _font(size: float, bold: bool) -> FontProperties:
+    from matplotlib.font_manager import FontProperties
+
+    return FontProperties(family="DejaVu Sans", size=size, weight="bold" if bold else "normal")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.0995 or share == 0 else f"{share:.1%}"
+
+
+def _bytes(picture: NDArray[Any]) -> Picture:
+    if picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        raise ValueError(f"a picture has shape (height, width, 3), not {picture.shape}")
+    if picture.dtype == np.uint8:
+        return picture
+    if not np.issubdtype(picture.dtype, np.floating) or not np.isfinite(picture).all():
+        raise ValueError("a picture is uint8, or finite floats in [0, 1]")
+    return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
