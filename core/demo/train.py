@@ -251,6 +251,7 @@ def train_diffusion(pairs: Pairs, tokens: int, path: Path, *, steps: int, batch:
     """UNet, text encoder and scorer together: noise prediction (min-SNR weighted, gamma 5, Hang et al. 2023) and the contrastive loss."""
     torch.manual_seed(seed)
     modules = nn.ModuleDict({"unet": architecture.build_unet(), "text": TextSide(tokens), "scorer": architecture.build_scorer()}).to(device)
+    modules["unet"].to(memory_format=torch.channels_last)
     run = Run(path, modules, learning_rate, steps)
     alphas = DDPMScheduler(**architecture.SCHEDULE).alphas_cumprod.to(device)
     weight = (alphas / (1 - alphas)).clamp(max=5) / (alphas / (1 - alphas))
@@ -303,7 +304,7 @@ def train_autoencoder(world: World, path: Path, *, steps: int, batch: int, crop:
     The decoder sees codes with a little noise, as a sampler leaves behind.
     """
     torch.manual_seed(seed)
-    model = architecture.build_autoencoder().to(device)
+    model = architecture.build_autoencoder().to(device, memory_format=torch.channels_last)
     run = Run(path, nn.ModuleDict({"autoencoder": model}), learning_rate, steps, ema_decay=0.995)
     code_error, picture_error = Smoothed(), Smoothed()
     pool: Tensor | None = None
