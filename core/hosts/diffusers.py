@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..model import Conditioning, Family, Model, Prompt, Slot, UnsupportedModel
+from ..score import JointScorer
 from .checkpoint import StateDict, from_single_file, read_single_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    from ..demo.scorer import Scorer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "data"
 LENGTH = 77
@@ -268,26 +267,6 @@ class DiffusersAutoencoder:
         return ((pictures.float() + 1) / 2).clamp(0, 1)
 
 
-class _Scorer:
-    """The demo's ``core.model.ImageScorer``: its picture tower beside the text encoder it was trained with."""
-
-    def __init__(self, network: Scorer, text: DiffusersText) -> None:
-        self._network = network
-        self._text = text
-
-    @property
-    def logit_scale(self) -> float:
-        return float(self._network.log_scale.exp())
-
-    def embed_pictures(self, pictures: Tensor) -> Tensor:
-        """Unit vectors (batch, width) for pictures (batch, 3, height, width) in [0, 1]."""
-        return self._network.pictures(pictures.to(self._network.log_scale))
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (len(texts), width)."""
-        return self._network.texts(self._text.pooled(texts))
-
-
 def load_model(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
     """The model behind ``source``: ``"demo"``, a local diffusers pipeline folder, or a single file in the demo's layout.
 
@@ -331,10 +310,10 @@ def _load_single(path: Path, name: str, device: torch.device, dtype: torch.dtype
             _assign(scorer, scorer_sd)
     except _load_errors() as error:
         raise ValueError(f"the weights in {path.name} do not fit its header ({_first_line(error)}): fetch or export it again") from error
-    model = _assemble("sd1", name, _tokenizer(DEMO), [text], unet, vae, SCHEDULE, device, dtype)
+    model = _assemble("sd1", name, _tokenizer(DEMO), [text], unet, vae, header.get("scheduler", SCHEDULE), device, dtype)
     if scorer is None or not isinstance(model.text, DiffusersText):
         return model
-    return replace(model, scorer=_Scorer(_frozen(scorer, device, torch.float32), model.text))
+    return replace(model, scorer=JointScorer(_frozen(scorer, device, torch.float32), model.text.pooled))
 
 
 def _assign(module: nn.Module, state: StateDict) -> None:
