@@ -37,7 +37,7 @@ class JointScorer:
     @property
     def logit_scale(self) -> float:
         """The factor that turns a cosine into a logit."""
-        return float(self._network.log_scale.exp())
+        return float(self._network.log_scale.detach().exp())
 
     def embed_pictures(self, pictures: Tensor) -> Tensor:
         """Unit vectors (batch, width) for pictures (batch, 3, height, width) in [0, 1]. Differentiable."""

@@ -445,9 +445,9 @@ def test_single_file(single: Path) -> None:
     x, sigma = noise(1, 4, 16, 16), float(model.denoiser.training_sigmas[500])
     predicted = unet(x / (1 + sigma**2) ** 0.5, 500, conditioning.context).sample
     torch.testing.assert_close(model.denoise(x, sigma, conditioning), (x - sigma * predicted).detach(), atol=1e-4, rtol=1e-4)
-    pictures = noise(1, 3, 128, 128).sigmoid()
+    pictures = noise(1, 3, 64, 64).sigmoid()
     latents = model.autoencoder.encode(pictures)
-    assert latents.shape == (1, 4, 16, 16)
+    assert latents.shape == (1, 4, 8, 8)
     vae = build_autoencoder()
     vae.load_state_dict(vae_sd)
     expected = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
