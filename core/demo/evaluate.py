@@ -1,0 +1,181 @@
+"""Measuring the demo model against its world: the model card's figures.
+
+``python -m conceptkit.core.demo.evaluate --out core/demo/data/card.json`` prints its planned cost first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from ..model import Model
+from ..sampling import Sampler, initial_noise, sample, schedule
+from . import detect, render
+from .detect import Reading
+from .world import World, shapes_world
+
+STEPS, GUIDANCE, SAMPLER = 20, 3.0, "dpmpp_2m"
+"""The demo's default sampling."""
+NEGATIVE = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are sampled; ``batch`` only bounds memory."""
+
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    sampler: Sampler = SAMPLER
+    batch: int = 32
+
+
+@torch.no_grad()
+def pictures(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> Iterator[Tensor]:
+    """One picture a prompt and seed, (3, 128, 128) in [0, 1], in order."""
+    if model.autoencoder is None:
+        raise ValueError("the model has no autoencoder, so its latents cannot be read: load one that has")
+    side = render.SIDE // model.denoiser.downscale
+    sigmas = schedule(model.denoiser, settings.steps)
+    negative = model.text.encode([NEGATIVE])
+    for i in range(0, len(prompts), settings.batch):
+        noise = initial_noise(seeds[i : i + settings.batch], model.denoiser.latent_channels, side, side)
+        positive = model.text.encode(list(prompts[i : i + settings.batch]))
+        latents = sample(model, positive, negative, noise, sigmas, guidance=settings.guidance, sampler=settings.sampler)
+        yield from model.autoencoder.decode(latents)
+
+
+def readings(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> list[Reading]:
+    """What the detectors see in the pictures of prompts."""
+    return [detect.read(p.permute(1, 2, 0).cpu().numpy()) for p in pictures(model, prompts, seeds, settings)]
+
+
+def _rate(hits: Sequence[bool]) -> dict[str, Any]:
+    interval = binomtest(sum(hits), len(hits)).proportion_ci(method="wilson")
+    return {"rate": sum(hits) / len(hits), "n": len(hits), "interval95": [interval.low, interval.high]}
+
+
+def _single(rng: np.random.Generator) -> tuple[str, Callable[[Reading], bool]]:
+    shape, colour = str(rng.choice(render.SHAPES)), str(rng.choice(list(render.COLOURS)))
+    return f"a photo of a {colour} {shape}", lambda r: len(r.things) == 1 and detect.fits({"kind": shape, "colour": colour}, r)
+
+
+def _double(rng: np.random.Generator) -> tuple[str, Callable[[Reading], bool]]:
+    pairs = [(str(rng.choice(list(render.COLOURS))), str(rng.choice(render.SHAPES))) for _ in range(2)]
+    text = " and ".join(f"a {colour} {shape}" for colour, shape in pairs)
+
+    def right(r: Reading) -> bool:
+        wanted = sorted((shape, colour) for colour, shape in pairs)
+        return sorted((t.kind, str(t.colour)) for t in r.things) == wanted
+
+    return f"a photo of {text}", right
+
+
+def _exemplar(rng: np.random.Generator) -> tuple[str, Callable[[Reading], bool]]:
+    kind = str(rng.choice(list(render.EXEMPLARS)))
+    return f"a photo of a {kind}", lambda r: len(r.things) == 1 and r.things[0].kind == kind
+
+
+TASKS: dict[str, Callable[[np.random.Generator], tuple[str, Callable[[Reading], bool]]]] = {
+    "single object, shape and colour": _single,
+    "two objects, both right": _double,
+    "exemplar words": _exemplar,
+}
+
+
+def accuracy(model: Model, task: str, count: int, settings: Settings, *, seed: int = 0) -> dict[str, Any]:
+    """How often ``count`` random prompts of a task are drawn right: rate, n and its 95 % Wilson interval."""
+    rng = np.random.default_rng([seed, sorted(TASKS).index(task)])
+    cases = [TASKS[task](rng) for _ in range(count)]
+    seen = readings(model, [prompt for prompt, _ in cases], range(seed, seed + count), settings)
+    return _rate([right(reading) for (_, right), reading in zip(cases, seen, strict=True)])
+
+
+def model_shares(model: Model, world: World, count: int, settings: Settings, *, seed: int = 0) -> dict[str, Any]:
+    """Per composite and occupation word the shares it was trained with and those the model draws, from ``count`` pictures each."""
+    table: dict[str, Any] = {}
+    for word in [w for w in world.words.values() if (len(w.make_up) > 1 or "beside" in w.make_up[0][1]) and w.synonym_of is None]:
+        seen = readings(model, [f"a photo of a {word.text}"] * count, range(seed, seed + count), settings)
+        drawn = detect.shares(word, seen)
+        table[word.text] = {
+            "role": word.role,
+            "components": [dict(spec) for _, spec in word.make_up],
+            "training": [share for share, _ in word.make_up],
+            "model": drawn[:-1],
+            "other": drawn[-1],
+            "n": count,
+        }
+        if word.role == "occupation":
+            people = [t for r in seen for t in r.things if t.kind == "person"]
+            for key, value in (("sex", "woman"), ("age", "old")):
+                table[word.text][value] = {
+                    "training": sum(share for share, spec in word.make_up if spec[key] == value),
+                    "model": float(np.mean([getattr(t, key) == value for t in people])) if people else None,
+                }
+    return table
+
+
+def card(model: Model, world: World, settings: Settings, *, accuracy_count: int, share_count: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """All figures of the model card. ``say`` hears the plan and then each figure."""
+    words = sum((len(w.make_up) > 1 or "beside" in w.make_up[0][1]) and w.synonym_of is None for w in world.words.values())
+    total = accuracy_count * len(TASKS) + share_count * words
+    say(f"planned: {total} pictures, {total * settings.steps * 2} evals")
+    rows: dict[str, Any] = {}
+    for task in TASKS:
+        rows[task] = accuracy(model, task, accuracy_count, settings)
+        say(f"{task}: {rows[task]}")
+    shares = model_shares(model, world, share_count, settings)
+    for text, row in shares.items():
+        say(f"{text}: training {np.round(row['training'], 2)}, model {np.round(row['model'], 2)}, other {row['other']:.2f}")
+    return {
+        "world": world.name,
+        "sampling": {"sampler": settings.sampler, "steps": settings.steps, "guidance": settings.guidance},
+        "detectors": detect.agreement(world, 1000, seed=1),
+        "accuracy": rows,
+        "shares": shares,
+    }
+
+
+def main() -> None:
+    """Measure the demo model, or a checkpoint in its layout, and write the card's figures as JSON."""
+    import argparse
+    import sys
+
+    from ..hosts.diffusers import load_model
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo", help="demo, or a checkpoint in its layout")
+    parser.add_argument("--pictures", type=int, default=512, help="pictures per accuracy figure")
+    parser.add_argument("--per-word", type=int, default=4096, help="pictures per word for the model shares")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    settings = Settings(steps=options.steps, guidance=options.guidance, batch=options.batch)
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    figures = card(
+        load_model(options.model, device=options.device),
+        shapes_world(),
+        settings,
+        accuracy_count=options.pictures,
+        share_count=options.per_word,
+        say=say,
+    )
+    if options.out:
+        options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
