@@ -18,14 +18,15 @@ test: check unit
 
 # One thread: the tests' tensors are tiny, and OpenMP's barriers stall on a busy machine.
 unit: $(VENV)/.dev .dev/conceptkit
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -c tests/pytest.ini tests --ignore=tests/comfy
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -c tests/pytest.ini tests --ignore=tests/comfy
 
 check: $(VENV)/.dev .dev/conceptkit
 	$(VENV)/bin/ruff check .
 	cd .dev && ../$(VENV)/bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p conceptkit
 
+# -I keeps the repository root off the path, which `python -m` would put there.
 test-comfyui: .dev/conceptkit $(filter $(COMFYUI_VENV)/bin/python,$(COMFYUI_PYTHON))
-	OMP_NUM_THREADS=1 COMFYUI_PATH="$(abspath $(COMFYUI_PATH))" $(COMFYUI_PYTHON) -m pytest -c tests/pytest.ini tests/comfy
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(abspath $(COMFYUI_PATH))" $(COMFYUI_PYTHON) -I -m pytest -c tests/pytest.ini tests/comfy
 
 $(VENV)/.headless: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)

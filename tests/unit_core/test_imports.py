@@ -55,6 +55,10 @@ def test_the_tree_is_read():
     assert Path("core/hosts/checkpoint.py") in MODULES
 
 
+def test_neither_the_root_nor_the_tests_are_on_the_path():
+    assert not {ROOT, ROOT / "tests"} & {Path(entry).resolve() for entry in sys.path}
+
+
 @pytest.mark.parametrize("module", [Path("__init__.py"), *MODULES], ids=str)
 def test_only_relative_imports_inside_the_pack(module):
     assert not first(absolute(module)) & {"conceptkit", "core", "nodes", "tests"}
