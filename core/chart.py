@@ -61,7 +61,7 @@ def share_bars(
 
 
 def _importances(sheet: _Sheet, importances: Sequence[float], left: float, top: float) -> None:
-    sheet.text(left + 8, top - 12, "ΔR² without the word", 14, SOFT)
+    sheet.text(left + 8, top - 12, "\N{GREEK CAPITAL LETTER DELTA}R² without the word", 14, SOFT)
     right = _WIDTH - _MARGIN - 84
     low, high = min(0.0, *importances), max(0.0, *importances)
     scale = (right - left - 16) / ((high - low) or 1)
@@ -71,7 +71,7 @@ def _importances(sheet: _Sheet, importances: Sequence[float], left: float, top: 
         middle = top + _ROW * row + _ROW / 2
         sheet.line(zero, middle, zero + importance * scale, middle, SECOND, 2.5)
         sheet.dot(zero + importance * scale, middle, 6, SECOND)
-        value = f"{round(importance, 3) + 0.0:.3f}".replace("-", "−")  # adding zero: what rounds to zero has no sign
+        value = f"{round(importance, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")  # adding zero: what rounds to zero has no sign
         sheet.text(_WIDTH - _MARGIN, middle, value, 16, INK, ha="right", va="center_baseline")
 
 

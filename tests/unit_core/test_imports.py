@@ -102,6 +102,11 @@ def test_importing_the_pack_costs_nothing():
     assert {name.split(".")[0] for name in loaded} <= {"conceptkit", *sys.stdlib_module_names}
 
 
+@pytest.mark.parametrize("module", [Path("__init__.py"), *MODULES], ids=str)
+def test_sources_stay_within_windows_own_encoding(module):
+    (ROOT / module).read_text(encoding="utf-8").encode("cp1252")
+
+
 def test_pyproject_lists_every_package():
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {Path(), *(module.parent for module in MODULES)}

@@ -64,5 +64,11 @@ def test_it_is_the_installed_copy_that_is_imported(installed, tmp_path):
     assert Path(found.strip()).is_relative_to(installed.parents[1])
 
 
+def test_it_samples(installed, tmp_path):
+    command = [installed.with_name("conceptkit"), "sample", "a red circle", "--steps", "2", "--seeds", "1", "--out", tmp_path]
+    subprocess.run(command, cwd=tmp_path, env=clean() | {"OMP_NUM_THREADS": "1"}, check=True)
+    assert (tmp_path / "seed-0.png").is_file()
+
+
 def clean() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
