@@ -17,6 +17,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "node_helpers", "server"}
+INSIDES = HOST - {"comfy_api", "folder_paths"}
 ABOVE = {"bench", "cli", "demo", "hosts"}
 """What stands on the methods; no method may know of it."""
 SLOW = {"diffusers", "matplotlib", "scipy", "transformers", "typer"}
@@ -24,9 +25,18 @@ MODULES = sorted(path.relative_to(ROOT) for top in ("core", "nodes") for path in
 METHODS = [m for m in MODULES if m.parts[0] == "core" and m.with_suffix("").parts[1] not in ABOVE]
 
 
-def absolute(module: Path, *, top_level_only: bool = False) -> Iterator[str]:
+class Runtime(ast.NodeTransformer):
+    """The tree without what only type checkers read."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
+
+
+def absolute(module: Path, *, top_level: bool = False, runtime: bool = False) -> Iterator[str]:
     """The absolute imports of a module, as dotted names."""
-    for node in statements(module, top_level_only):
+    tree = parse(module)
+    tree = Runtime().visit(tree) if runtime else tree
+    for node in tree.body if top_level else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
@@ -35,15 +45,14 @@ def absolute(module: Path, *, top_level_only: bool = False) -> Iterator[str]:
 
 def relative(module: Path) -> Iterator[tuple[str, ...]]:
     """What a module imports relatively, as paths from the root: each imported name counts, since it may be a module."""
-    for node in statements(module, False):
+    for node in ast.walk(parse(module)):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = module.parts[: -node.level] + tuple((node.module or "").split(".") if node.module else ())
             yield from ((*base, alias.name) for alias in node.names)
 
 
-def statements(module: Path, top_level_only: bool) -> Iterator[ast.AST]:
-    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
-    return iter(tree.body) if top_level_only else ast.walk(tree)
+def parse(module: Path) -> ast.Module:
+    return ast.parse((ROOT / module).read_text(encoding="utf-8"))
 
 
 def first(names: Iterator[str]) -> set[str]:
@@ -77,11 +86,11 @@ def test_methods_know_nothing_above_them(module):
 
 @pytest.mark.parametrize("module", METHODS + [m for m in MODULES if m.parts[0] == "nodes"], ids=str)
 def test_listing_nodes_loads_nothing_slow(module):
-    assert not first(absolute(module, top_level_only=True)) & SLOW
+    assert not first(absolute(module, top_level=True)) & SLOW
 
 
 def test_only_the_host_s_rooms_know_comfyui_s_insides():
-    knows = {m.name for m in MODULES if m.parts[0] == "nodes" and first(absolute(m)) & (HOST - {"comfy_api", "folder_paths"})}
+    knows = {m.name for m in MODULES if m.parts[0] == "nodes" and first(absolute(m, runtime=True)) & INSIDES}
     assert knows <= {"comfy_model.py", "demo_model.py"}
 
 
@@ -90,7 +99,7 @@ def test_the_root_holds_the_entry_alone():
     defined = {node.targets[0].id for node in tree.body if isinstance(node, ast.Assign)}
     defined |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     assert defined == {"WEB_DIRECTORY", "comfy_entrypoint"}
-    assert first(absolute(Path("__init__.py"), top_level_only=True)) <= {"__future__", "typing"}
+    assert first(absolute(Path("__init__.py"), top_level=True)) <= {"__future__", "typing"}
 
 
 def test_importing_the_pack_costs_nothing():
