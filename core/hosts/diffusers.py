@@ -197,6 +197,12 @@ class DiffusersDenoiser:
         return self._downscale
 
     @property
+    def side(self) -> int:
+        """Pixels along one side of the pictures the model was trained on."""
+        size = self._unet.config.sample_size
+        return int(max(size) if isinstance(size, (list, tuple)) else size or 64) * self._downscale
+
+    @property
     def training_sigmas(self) -> Tensor:
         return self._sigmas
 
