@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .decompose import DecomposeConcept
 from .demo_model import register_demo_model
 
 
@@ -14,4 +15,4 @@ class ConceptKitExtension(ComfyExtension):
         register_demo_model()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return []
+        return [DecomposeConcept]

@@ -112,6 +112,31 @@ def check_graph(model: ModelPatcher, clip: CLIP, vae: VAE | None = None) -> Fami
     return family
 
 
+def trained_side(model: ModelPatcher) -> int:
+    """Side in pixels of the square pictures a supported MODEL was made for."""
+    base = model.model
+    stated: int | None = getattr(type(base.model_config), "trained_side", None)
+    if stated is not None:
+        return stated
+    if base.adm_channels:
+        return 1024
+    v_prediction = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION)
+    return 768 if v_prediction and base.model_config.unet_config["context_dim"] == 1024 else 512
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for a text that ComfyUI's prompts would read otherwise than word by word."""
+    if "embedding:" in text or any(weight != 1 for _, weight in comfy.sd1_clip.token_weights(text, 1.0)):
+        raise ValueError(f"{text!r} has a weight such as (word:1.2) or an embedding: file, which are not read here: write plain words")
+
+
+def graph_conditioning(conditioning: Conditioning) -> list[list[Any]]:
+    """A CONDITIONING for the graph."""
+    device = management.intermediate_device()
+    pooled = {} if conditioning.pooled is None else {"pooled_output": conditioning.pooled.to(device)}
+    return [[conditioning.context.to(device), pooled]]
+
+
 def progress(node_id: str | None) -> OnStep:
     """A callback that moves a node's progress bar, writes step and metrics under the node, and raises when the user interrupts."""
     bar: comfy.utils.ProgressBar | None = None

@@ -62,6 +62,7 @@ class ConceptKitShapes(comfy.supported_models.SD15):
     unet_config = comfy.supported_models.SD15.unet_config | {"context_dim": WIDTH, "model_channels": 64}
     unet_extra_config = comfy.supported_models.SD15.unet_extra_config | {"num_heads": _HEADS}
     latent_format = ShapesLatent
+    trained_side = 128
 
     def clip_target(self, state_dict: dict[str, torch.Tensor] | None = None) -> ClipTarget:
         weights = state_dict or {}

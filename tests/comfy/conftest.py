@@ -1,7 +1,7 @@
 """One real ComfyUI for the whole suite: a server in a process of its own, on a free port, with its own base directory.
 
 The checkout is $COMFYUI_PATH, ~/ComfyUI, or the folder above custom_nodes; the Python that runs it is $COMFYUI_PYTHON, the checkout's
-own environment, or the Python that runs the tests. Without a checkout every test here is skipped.
+own environment, .venv-comfyui here, or the Python that runs the tests. Without a checkout every test here is skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def find_checkout() -> Path | None:
 
 
 def find_python(checkout: Path) -> str:
-    inside = [checkout / name / "bin" / "python" for name in ("venv", ".venv")]
+    inside = [checkout / "venv" / "bin" / "python", checkout / ".venv" / "bin" / "python", PACK / ".venv-comfyui" / "bin" / "python"]
     return os.environ.get("COMFYUI_PYTHON") or next((str(path) for path in inside if path.is_file()), sys.executable)
 
 
@@ -107,6 +107,11 @@ class Comfy:
         assert history["status"]["status_str"] == "error", "the graph was expected to fail"
         return exception(history)
 
+    @property
+    def weights(self) -> Path:
+        """The demo model's file."""
+        return SHIPPED if self.checkpoint == SHIPPED.name else self.base / "models" / "checkpoints" / self.checkpoint
+
     def loaders(self) -> dict[str, Any]:
         return {"loader": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": self.checkpoint}}}
 
@@ -137,13 +142,15 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     checkout = find_checkout()
     if checkout is None:
         pytest.skip("no ComfyUI checkout: set COMFYUI_PATH")
+    python = find_python(checkout)
+    if subprocess.run([python, "-c", "import aiohttp, comfyui_frontend_package, torch"], capture_output=True).returncode != 0:
+        pytest.skip(f"{python} lacks ComfyUI's requirements: set COMFYUI_PYTHON to one that has them")
     base = tmp_path_factory.mktemp("comfyui")
     for folder in ("custom_nodes", "models/checkpoints", "models/loras", "models/embeddings", "input", "output", "shim"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "conceptkit").symlink_to(PACK)
     (base / "custom_nodes" / "conceptkit_probes").symlink_to(Path(__file__).parent / "probes")
     checkpoint = SHIPPED.name if SHIPPED.is_file() else random_checkpoint(base / "models" / "checkpoints" / "random.safetensors")
-    python = find_python(checkout)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -154,7 +161,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
         process = subprocess.Popen(command, cwd=checkout, env=environment(python, base / "shim"), stdout=sink, stderr=subprocess.STDOUT)
     server = Comfy(base, checkpoint, port, log)
     try:
-        for _ in range(480):
+        for _ in range(2400):
             if process.poll() is not None:
                 raise AssertionError(f"ComfyUI did not start; its log ends: {log.read_text()[-4000:]}")
             try:
@@ -179,5 +186,8 @@ def random_checkpoint(path: Path) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         parts = [architecture.build_unet(), architecture.build_text_encoder(), architecture.build_autoencoder()]
-    save_file({k: v.half().contiguous() for k, v in to_single_file(*(part.state_dict() for part in parts)).items()}, path)
+    header = {"format": "conceptkit-demo", "version": 1, "unet": architecture.UNET, "text": architecture.TEXT, "scorer": {}}
+    header["autoencoder"] = architecture.AUTOENCODER
+    weights = {k: v.half().contiguous() for k, v in to_single_file(*(part.state_dict() for part in parts)).items()}
+    save_file(weights, path, {"conceptkit": json.dumps(header)})
     return path.name
