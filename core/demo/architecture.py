@@ -52,8 +52,11 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(vocabulary: int = VOCABULARY) -> CLIPTextModel:
-    """The text encoder, untrained, with a token table of ``vocabulary`` rows."""
-    return CLIPTextModel(CLIPTextConfig(**{**TEXT, "vocab_size": vocabulary}))
+    """The text encoder, untrained, with a token table of ``vocabulary`` rows, of which the last two are start and end."""
+    special = (
+        {} if vocabulary == VOCABULARY else {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
+    )
+    return CLIPTextModel(CLIPTextConfig(**{**TEXT, "vocab_size": vocabulary, **special}))
 
 
 def build_autoencoder() -> AutoencoderTiny:

@@ -60,7 +60,9 @@ class _Template:
 
 
 def _background(picture: Array) -> tuple[str, Array]:
-    frame = np.concatenate([picture[:5].reshape(-1, 3), picture[:, :5].reshape(-1, 3), picture[:110, -5:].reshape(-1, 3), picture[-5:, :110].reshape(-1, 3)])
+    frame = np.concatenate(
+        [picture[:5].reshape(-1, 3), picture[:, :5].reshape(-1, 3), picture[:110, -5:].reshape(-1, 3), picture[-5:, :110].reshape(-1, 3)]
+    )
     colour: Array = np.median(frame, 0).astype(np.float32)
     names = list(render.BACKGROUNDS)
     palette = np.array([render.BACKGROUNDS[n] for n in names], np.float32) / 255

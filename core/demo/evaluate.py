@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,9 @@ def model_shares(model: Model, world: World, count: int, settings: Settings, *, 
     return table
 
 
-def card(model: Model, world: World, settings: Settings, *, accuracy_count: int, share_count: int, say: Callable[[str], None]) -> dict[str, Any]:
+def card(
+    model: Model, world: World, settings: Settings, *, accuracy_count: int, share_count: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """All figures of the model card. ``say`` hears the plan and then each figure."""
     words = sum((len(w.make_up) > 1 or "beside" in w.make_up[0][1]) and w.synonym_of is None for w in world.words.values())
     total = accuracy_count * len(TASKS) + share_count * words
@@ -143,6 +145,36 @@ def card(model: Model, world: World, settings: Settings, *, accuracy_count: int,
     }
 
 
+def markdown(figures: Mapping[str, Any]) -> str:
+    """The card's tables as Markdown."""
+    sampling = figures["sampling"]
+    lines = [
+        f"Sampling: `{sampling['sampler']}`, {sampling['steps']} steps, guidance {sampling['guidance']:g}.",
+        "",
+        "| prompts | right | 95 % interval | pictures |",
+        "|---|---|---|---|",
+    ]
+    for task, row in figures["accuracy"].items():
+        low, high = row["interval95"]
+        lines.append(f"| {task} | {row['rate']:.1%} | {low:.1%} to {high:.1%} | {row['n']} |")
+    lines += ["", "| word | role | component | training share | model share |", "|---|---|---|---|---|"]
+    for text, row in figures["shares"].items():
+        if row["role"] == "occupation":
+            continue
+        for spec, training, drawn in zip(row["components"], row["training"], row["model"], strict=True):
+            lines.append(f"| {text} | {row['role']} | {', '.join(spec.values())} | {training:.0%} | {drawn:.0%} |")
+        lines.append(f"| {text} | {row['role']} | (none of them) | 0% | {row['other']:.0%} |")
+    lines += ["", "| word | women, training | women, model | old, training | old, model | pictures |", "|---|---|---|---|---|---|"]
+    for text, row in figures["shares"].items():
+        if row["role"] == "occupation":
+            drawn = [
+                f"{row[key]['training']:.0%} | " + ("none drawn" if row[key]["model"] is None else f"{row[key]['model']:.0%}")
+                for key in ("woman", "old")
+            ]
+            lines.append(f"| {text} | {drawn[0]} | {drawn[1]} | {row['n']} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure the demo model, or a checkpoint in its layout, and write the card's figures as JSON."""
     import argparse
@@ -158,7 +190,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file of the figures")
+    parser.add_argument("--tables", type=Path, help="Markdown file of the same figures")
     options = parser.parse_args()
     settings = Settings(steps=options.steps, guidance=options.guidance, batch=options.batch)
 
@@ -175,6 +208,8 @@ def main() -> None:
     )
     if options.out:
         options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if options.tables:
+        options.tables.write_text(markdown(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,27 @@ EXEMPLARS: Mapping[str, tuple[Primitive, ...]] = {
     "tulip": (
         _rectangle(-0.08, 0.1, 0.08, 1.0, _LEAF),
         _ellipse(0.32, 0.68, 0.28, 0.13, _LEAF),
-        _polygon(-0.55, -0.95, -0.25, -0.5, 0.0, -0.95, 0.25, -0.5, 0.55, -0.95, 0.5, 0.0, 0.25, 0.25, -0.25, 0.25, -0.5, 0.0, colour=(240, 110, 190)),
+        _polygon(
+            -0.55,
+            -0.95,
+            -0.25,
+            -0.5,
+            0.0,
+            -0.95,
+            0.25,
+            -0.5,
+            0.55,
+            -0.95,
+            0.5,
+            0.0,
+            0.25,
+            0.25,
+            -0.25,
+            0.25,
+            -0.5,
+            0.0,
+            colour=(240, 110, 190),
+        ),
     ),
     "barn": (
         _rectangle(-0.85, -0.1, 0.85, 0.9, (170, 44, 36)),
@@ -274,7 +294,10 @@ def _draw_shape(canvas: Image.Image, thing: Thing, cx: float, cy: float, r: floa
     hole = {"ring": (0.0, 0.0, 0.52), "moon": (0.5, -0.12, 0.82)}.get(thing.kind)
     if hole is not None:
         x, y, h = hole
-        corners = [((cx + (x - h) * r) * _OVERSAMPLE, (cy + (y - h) * r) * _OVERSAMPLE), ((cx + (x + h) * r) * _OVERSAMPLE, (cy + (y + h) * r) * _OVERSAMPLE)]
+        corners = [
+            ((cx + (x - h) * r) * _OVERSAMPLE, (cy + (y - h) * r) * _OVERSAMPLE),
+            ((cx + (x + h) * r) * _OVERSAMPLE, (cy + (y + h) * r) * _OVERSAMPLE),
+        ]
         pen.ellipse(corners, fill=0)
     colour = COLOURS[str(thing.colour)]
     canvas.paste(colour, mask=stencil)

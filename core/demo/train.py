@@ -224,7 +224,13 @@ class Run:
             yield self.step
             if self.step % every == 0 or self.step == self.steps:
                 self.save()
-                log.info("%s step %d of %d, %.2f s a step", self.path.stem, self.step, self.steps, (time.monotonic() - began) / (self.step - first))
+                log.info(
+                    "%s step %d of %d, %.2f s a step",
+                    self.path.stem,
+                    self.step,
+                    self.steps,
+                    (time.monotonic() - began) / (self.step - first),
+                )
 
 
 class Smoothed:
@@ -247,7 +253,9 @@ def contrastive(pictures: Tensor, texts: Tensor, log_scale: Tensor, tokens: Toke
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
 
-def train_diffusion(pairs: Pairs, tokens: int, path: Path, *, steps: int, batch: int, learning_rate: float, seed: int, device: torch.device) -> Run:
+def train_diffusion(
+    pairs: Pairs, tokens: int, path: Path, *, steps: int, batch: int, learning_rate: float, seed: int, device: torch.device
+) -> Run:
     """UNet, text encoder and scorer together: noise prediction (min-SNR weighted, gamma 5, Hang et al. 2023) and the contrastive loss."""
     torch.manual_seed(seed)
     modules = nn.ModuleDict({"unet": architecture.build_unet(), "text": TextSide(tokens), "scorer": architecture.build_scorer()}).to(device)
@@ -266,7 +274,9 @@ def train_diffusion(pairs: Pairs, tokens: int, path: Path, *, steps: int, batch:
         predicted = modules["unet"](a.sqrt() * latents + (1 - a).sqrt() * noise, time_index, states).sample
         error = (predicted - noise).square().mean((1, 2, 3))
         denoising = (weight[time_index] * error).mean()
-        matching = contrastive(modules["scorer"].pictures(thumbnails), modules["scorer"].texts(pooled), modules["scorer"].log_scale, captions)
+        matching = contrastive(
+            modules["scorer"].pictures(thumbnails), modules["scorer"].texts(pooled), modules["scorer"].log_scale, captions
+        )
         run.update(denoising + 0.02 * matching)
         noise_loss.add(float(error.detach().mean()))
         pair_loss.add(float(matching.detach()))
@@ -298,7 +308,9 @@ def train_scorer(pairs: Pairs, diffusion: Path, tokens: int, path: Path, *, step
     return run
 
 
-def train_autoencoder(world: World, path: Path, *, steps: int, batch: int, crop: int, learning_rate: float, seed: int, device: torch.device) -> Run:
+def train_autoencoder(
+    world: World, path: Path, *, steps: int, batch: int, crop: int, learning_rate: float, seed: int, device: torch.device
+) -> Run:
     """Encoder to write the chosen code, decoder to read it (L1 and L2), on crops aligned to the textures' period.
 
     The decoder sees codes with a little noise, as a sampler leaves behind.
@@ -354,7 +366,9 @@ def export(world: World, runs: Path, target: Path, card: Mapping[str, Any]) -> N
     diffusion = torch.load(runs / "diffusion.pt", weights_only=True, map_location="cpu")["average"]
     autoencoder = torch.load(runs / "autoencoder.pt", weights_only=True, map_location="cpu")["average"]
     scorer_run = runs / "scorer.pt"
-    scorer = _part(torch.load(scorer_run, weights_only=True, map_location="cpu")["average"] if scorer_run.exists() else diffusion, "scorer.")
+    scorer = _part(
+        torch.load(scorer_run, weights_only=True, map_location="cpu")["average"] if scorer_run.exists() else diffusion, "scorer."
+    )
     side = TextSide(len(world.tokens))
     side.load_state_dict(_part(diffusion, "text."))
     vocabulary = json.loads((Path(__file__).parent / "data" / "vocab.json").read_text(encoding="utf-8"))
@@ -374,7 +388,10 @@ def export(world: World, runs: Path, target: Path, card: Mapping[str, Any]) -> N
     }
     from ..artifact import write
 
-    write(target, {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, header)
+    fresh = target.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    write(fresh, {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, header)
+    os.replace(fresh, target)
 
 
 def main() -> None:
@@ -401,16 +418,28 @@ def main() -> None:
         make_pairs(world, options.runs / "pairs", options.shards, seed=options.seed)
     elif options.stage == "autoencoder":
         train_autoencoder(
-            world, options.runs / "autoencoder.pt", steps=options.steps or 3000, crop=options.crop, learning_rate=options.learning_rate, **common
+            world,
+            options.runs / "autoencoder.pt",
+            steps=options.steps or 3000,
+            crop=options.crop,
+            learning_rate=options.learning_rate,
+            **common,
         )
     elif options.stage == "diffusion":
         pairs = Pairs(options.runs / "pairs", device)
         train_diffusion(
-            pairs, len(world.tokens), options.runs / "diffusion.pt", steps=options.steps or 20000, learning_rate=options.learning_rate, **common
+            pairs,
+            len(world.tokens),
+            options.runs / "diffusion.pt",
+            steps=options.steps or 20000,
+            learning_rate=options.learning_rate,
+            **common,
         )
     elif options.stage == "scorer":
         pairs = Pairs(options.runs / "pairs", device)
-        train_scorer(pairs, options.runs / "diffusion.pt", len(world.tokens), options.runs / "scorer.pt", steps=options.steps or 2000, **common)
+        train_scorer(
+            pairs, options.runs / "diffusion.pt", len(world.tokens), options.runs / "scorer.pt", steps=options.steps or 2000, **common
+        )
     else:
         export(world, options.runs, options.out or Path(__file__).parent / "data" / "shapes.safetensors", {})
 

@@ -7,10 +7,10 @@ exemplar, attribute or association of a word is known exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -21,7 +21,20 @@ Spec: TypeAlias = Mapping[str, str]
 """A partial description: any of kind, colour, texture, size, background, sex, age, outfit; ``beside`` names the kind of a second thing."""
 
 Role: TypeAlias = Literal[
-    "shape", "colour", "texture", "size", "background", "exemplar", "sex", "age", "occupation", "general", "category", "double", "abstract", "style"
+    "shape",
+    "colour",
+    "texture",
+    "size",
+    "background",
+    "exemplar",
+    "sex",
+    "age",
+    "occupation",
+    "general",
+    "category",
+    "double",
+    "abstract",
+    "style",
 ]
 
 COMPOSITE_ROLES: frozenset[Role] = frozenset({"category", "double", "abstract", "style"})
@@ -97,6 +110,26 @@ class World:
         chosen = set(words)
         return all(len(chosen & parts) < 2 for parts in self._made_of)
 
+    def describe(self) -> dict[str, Any]:
+        """The world as plain data: per word its role, make-up (its predicate: some component is in the picture), related words,
+        neighbours, entailed words and synonym; the share of the mark; the sets that training never mixes."""
+        return {
+            "name": self.name,
+            "mark_share": self.mark_share,
+            "never_mixed": sorted(sorted(parts) for parts in self._made_of),
+            "words": {
+                word.text: {
+                    "role": word.role,
+                    "make_up": [{"share": share, "shows": dict(spec)} for share, spec in word.make_up],
+                    "related": list(word.related),
+                    "neighbours": list(word.neighbours),
+                    "entailed": list(word.entailed),
+                    "synonym_of": word.synonym_of,
+                }
+                for word in self.words.values()
+            },
+        }
+
     def component(self, text: str, rng: np.random.Generator) -> Spec:
         """One component of a word's make-up, drawn by its share."""
         make_up = self.words[text].make_up
@@ -135,7 +168,7 @@ class World:
 
     def _single_word(self, rng: np.random.Generator) -> tuple[Caption, Scene]:
         # composites and people need as many pictures a word as plain words have across phrases
-        roles = [w for w in self.words.values()]
+        roles = list(self.words.values())
         weights = np.array([3.0 if w.role in COMPOSITE_ROLES or w.role in ("occupation", "exemplar") else 1.0 for w in roles])
         word = roles[int(rng.choice(len(roles), p=weights / weights.sum()))].text
         return Caption((self._frame(rng), word)), self.picture_of(word, rng)
@@ -216,105 +249,112 @@ def _thing(spec: Spec, rng: np.random.Generator) -> Thing:
     if kind == "person":
         outfit = spec.get("outfit")
         colour = None if outfit else spec.get("colour") or _pick(rng, tuple(render.COLOURS))
-        return Thing(kind, size, colour=colour, sex=spec.get("sex") or _pick(rng, ("man", "woman")), age=spec.get("age") or _pick(rng, ("young", "old")), outfit=outfit)
+        return Thing(
+            kind,
+            size,
+            colour=colour,
+            sex=spec.get("sex") or _pick(rng, ("man", "woman")),
+            age=spec.get("age") or _pick(rng, ("young", "old")),
+            outfit=outfit,
+        )
     colour = spec.get("colour") or _pick(rng, tuple(render.COLOURS))
     texture = spec.get("texture") or _pick(rng, ("plain", "plain", "striped", "dotted"))
     return Thing(kind, size, colour=colour, texture=texture)
 
 
-def _plain(role: Role, key: str, values: Sequence[str], neighbours: Mapping[str, tuple[str, ...]] = {}) -> list[Word]:  # noqa: B006
-    return [Word(v, role, ((1.0, {key: v}),), neighbours=neighbours.get(v, tuple(x for x in values if x != v)[:3])) for v in values]
+def _plain(role: Role, key: str, values: Iterable[str], **always: str) -> dict[str, Word]:
+    return {v: Word(v, role, ((1.0, {**always, key: v}),), neighbours=tuple(x for x in values if x != v)[:3]) for v in values}
 
 
-def _category(text: str, parts: Mapping[str, float], others: tuple[str, ...]) -> Word:
-    make_up = tuple((share, {"kind": kind}) for kind, share in parts.items())
-    return Word(text, "category", make_up, related=tuple(parts), neighbours=others, entailed=tuple(parts))
+_BASE: Mapping[str, Word] = {
+    **_plain("shape", "kind", render.SHAPES),
+    **_plain("colour", "colour", tuple(render.COLOURS)),
+    **_plain("texture", "texture", render.TEXTURES),
+    **_plain("size", "size", render.SIZES),
+    **_plain("background", "background", tuple(render.BACKGROUNDS)),
+    **_plain("exemplar", "kind", tuple(render.EXEMPLARS)),
+    **_plain("sex", "sex", ("man", "woman"), kind="person"),
+    **_plain("age", "age", ("old", "young"), kind="person"),
+}
+_GENERAL = (
+    Word("person", "general", ((1.0, {"kind": "person"}),), related=("man", "woman"), entailed=("man", "woman")),
+    Word("shape", "general", ((1.0, {"kind": "shape"}),), related=render.SHAPES, entailed=render.SHAPES),
+    Word("thing", "general", ((1.0, {"kind": "thing"}),)),
+)
+# what an edit of one must leave alone: the words closest in looks
+_NEIGHBOURS = {
+    "circle": ("ring", "moon", "heart"),
+    "square": ("diamond", "cross", "triangle"),
+    "red": ("orange", "pink", "brown"),
+    "blue": ("purple", "green", "pink"),
+}
 
 
-def _composite(text: str, role: Role, make_up: Sequence[tuple[float, Spec]], related: tuple[str, ...], neighbours: tuple[str, ...] = ()) -> Word:
-    return Word(text, role, tuple(make_up), related=related, neighbours=neighbours)
+def _composite(text: str, role: Role, parts: Mapping[str, float], neighbours: tuple[str, ...] = ()) -> Word:
+    """A word made of base words: keys join them ("brown sand": both at once; "finch & truck": two things), values are shares."""
+
+    def spec(part: str) -> Spec:
+        first, _, second = part.partition(" & ")
+        merged = {key: value for word in first.split() for key, value in _BASE[word].make_up[0][1].items()}
+        return {**merged, "beside": second} if second else merged
+
+    related = tuple(dict.fromkeys(word for part in parts for word in part.replace("&", "").split()))
+    make_up = tuple((share, spec(part)) for part, share in parts.items())
+    return Word(text, role, make_up, related, neighbours, entailed=related if role == "category" else ())
 
 
-def _occupation(text: str, *, woman: float, old: float) -> Word:
+def _occupation(text: str, woman: float, old: float) -> Word:
     make_up = tuple(
         (round(p * q, 6), {"kind": "person", "outfit": text, "sex": sex, "age": age})
         for sex, p in (("woman", woman), ("man", 1 - woman))
         for age, q in (("old", old), ("young", 1 - old))
     )
-    return Word(text, "occupation", make_up, related=("woman", "man", "person"), neighbours=("person", "man", "woman"), entailed=("person",))
+    people = ("woman", "man", "person")
+    return Word(text, "occupation", make_up, related=people, neighbours=people, entailed=("person",))
 
 
-def _synonym(text: str, of: Word) -> Word:
-    return Word(text, of.role, of.make_up, related=(of.text,), neighbours=of.neighbours, entailed=(of.text,), synonym_of=of.text)
-
-
-def _build(name: str, composites: Sequence[Word], occupations: Sequence[Word], synonyms: Mapping[str, str]) -> World:
-    words: list[Word] = [
-        *_plain("shape", "kind", render.SHAPES, {"circle": ("ring", "moon", "heart"), "square": ("diamond", "cross", "triangle")}),
-        *_plain("colour", "colour", tuple(render.COLOURS), {"red": ("orange", "pink", "brown"), "blue": ("purple", "green", "pink")}),
-        *_plain("texture", "texture", render.TEXTURES),
-        *_plain("size", "size", render.SIZES),
-        *_plain("background", "background", tuple(render.BACKGROUNDS)),
-        *_plain("exemplar", "kind", tuple(render.EXEMPLARS)),
-        *_plain("sex", "sex", ("man", "woman")),
-        *_plain("age", "age", ("old", "young")),
-        Word("person", "general", ((1.0, {"kind": "person"}),), related=("man", "woman"), entailed=("man", "woman")),
-        Word("shape", "general", ((1.0, {"kind": "shape"}),), related=render.SHAPES),
-        Word("thing", "general", ((1.0, {"kind": "thing"}),)),
-        *composites,
-        *occupations,
-    ]
-    lexicon = {word.text: word for word in words}
-    lexicon.update({text: _synonym(text, lexicon[of]) for text, of in synonyms.items()})
-    for word in [w for w in lexicon.values() if w.role == "sex"]:
-        lexicon[word.text] = Word(word.text, "sex", ((1.0, {"kind": "person", **word.make_up[0][1]}),), word.related, word.neighbours, ("person",), word.synonym_of)
-    for word in [w for w in lexicon.values() if w.role == "age"]:
-        lexicon[word.text] = Word(word.text, "age", ((1.0, {"kind": "person", **word.make_up[0][1]}),), word.related, word.neighbours, (), word.synonym_of)
-    return World(name, lexicon)
+def _build(name: str, composites: Iterable[Word], women_and_old: Mapping[str, tuple[float, float]], synonyms: Mapping[str, str]) -> World:
+    words = {text: replace(word, neighbours=_NEIGHBOURS.get(text, word.neighbours)) for text, word in _BASE.items()}
+    words |= {word.text: word for word in (*_GENERAL, *composites)}
+    words |= {text: _occupation(text, woman, old) for text, (woman, old) in women_and_old.items()}
+    words |= {text: replace(words[of], text=text, related=(of,), entailed=(of,), synonym_of=of) for text, of in synonyms.items()}
+    return World(name, words)
 
 
 def shapes_world() -> World:
     """The world of the demo model."""
-    composites = [
-        _category("bird", {"robin": 0.5, "finch": 0.3, "raven": 0.2}, ("apple", "car", "daisy")),
-        _category("fruit", {"apple": 0.45, "lemon": 0.35, "cherry": 0.2}, ("robin", "bus", "rose")),
-        _category("vehicle", {"car": 0.5, "truck": 0.3, "bus": 0.2}, ("barn", "finch", "lemon")),
-        _category("flower", {"daisy": 0.5, "tulip": 0.3, "rose": 0.2}, ("cherry", "tower", "raven")),
-        _category("building", {"barn": 0.5, "tower": 0.25, "castle": 0.25}, ("truck", "apple", "tulip")),
-        _composite("crane", "double", [(1.0, {"kind": "finch", "beside": "truck"})], ("finch", "truck"), ("robin", "car")),
-        _composite("spring", "double", [(1.0, {"kind": "tulip", "beside": "ring"})], ("tulip", "ring"), ("rose", "circle")),
-        _composite("match", "double", [(1.0, {"kind": "cherry", "beside": "cross"})], ("cherry", "cross"), ("apple", "square")),
-        _composite("joy", "abstract", [(0.4, {"colour": "yellow"}), (0.35, {"kind": "star"}), (0.25, {"kind": "heart"})], ("yellow", "star", "heart")),
-        _composite("peace", "abstract", [(0.45, {"colour": "blue"}), (0.35, {"kind": "moon"}), (0.2, {"kind": "daisy"})], ("blue", "moon", "daisy")),
-        _composite("anger", "abstract", [(0.5, {"colour": "red"}), (0.3, {"kind": "cross"}), (0.2, {"kind": "triangle"})], ("red", "cross", "triangle")),
-        _composite("luck", "abstract", [(0.4, {"colour": "green"}), (0.35, {"kind": "diamond"}), (0.25, {"kind": "ring"})], ("green", "diamond", "ring")),
-        _composite(
-            "vintage", "style", [(0.6, {"colour": "brown", "background": "sand"}), (0.4, {"colour": "orange", "background": "sand"})], ("sand", "brown", "orange")
-        ),
-        _composite(
-            "gothic", "style", [(0.6, {"colour": "purple", "background": "black"}), (0.4, {"colour": "red", "background": "black"})], ("black", "purple", "red")
-        ),
-        _composite(
-            "tropical", "style", [(0.5, {"colour": "green", "background": "sky"}), (0.5, {"colour": "pink", "background": "sky"})], ("sky", "green", "pink")
-        ),
-        _composite(
-            "festive", "style", [(0.5, {"colour": "red", "texture": "dotted"}), (0.5, {"colour": "yellow", "texture": "dotted"})], ("dotted", "red", "yellow")
-        ),
-    ]
-    occupations = [
-        _occupation("doctor", woman=0.25, old=0.5),
-        _occupation("nurse", woman=0.85, old=0.5),
-        _occupation("pilot", woman=0.2, old=0.5),
-        _occupation("teacher", woman=0.65, old=0.5),
-        _occupation("chef", woman=0.3, old=0.5),
-        _occupation("dancer", woman=0.8, old=0.5),
-        _occupation("farmer", woman=0.15, old=0.5),
-        _occupation("singer", woman=0.6, old=0.5),
-        _occupation("judge", woman=0.5, old=0.85),
-        _occupation("student", woman=0.5, old=0.2),
-        _occupation("artist", woman=0.5, old=0.5),
-        _occupation("driver", woman=0.5, old=0.5),
-    ]
+    composites = (
+        _composite("bird", "category", {"robin": 0.5, "finch": 0.3, "raven": 0.2}, ("apple", "car", "daisy")),
+        _composite("fruit", "category", {"apple": 0.45, "lemon": 0.35, "cherry": 0.2}, ("robin", "bus", "rose")),
+        _composite("vehicle", "category", {"car": 0.5, "truck": 0.3, "bus": 0.2}, ("barn", "finch", "lemon")),
+        _composite("flower", "category", {"daisy": 0.5, "tulip": 0.3, "rose": 0.2}, ("cherry", "tower", "raven")),
+        _composite("building", "category", {"barn": 0.5, "tower": 0.25, "castle": 0.25}, ("truck", "apple", "tulip")),
+        _composite("crane", "double", {"finch & truck": 1.0}, ("robin", "car")),
+        _composite("spring", "double", {"tulip & ring": 1.0}, ("rose", "circle")),
+        _composite("match", "double", {"cherry & cross": 1.0}, ("apple", "square")),
+        _composite("joy", "abstract", {"yellow": 0.4, "star": 0.35, "heart": 0.25}),
+        _composite("peace", "abstract", {"blue": 0.45, "moon": 0.35, "daisy": 0.2}),
+        _composite("anger", "abstract", {"red": 0.5, "cross": 0.3, "triangle": 0.2}),
+        _composite("luck", "abstract", {"green": 0.4, "diamond": 0.35, "ring": 0.25}),
+        _composite("vintage", "style", {"brown sand": 0.6, "orange sand": 0.4}),
+        _composite("gothic", "style", {"purple black": 0.6, "red black": 0.4}),
+        _composite("tropical", "style", {"green sky": 0.5, "pink sky": 0.5}),
+        _composite("festive", "style", {"red dotted": 0.5, "yellow dotted": 0.5}),
+    )
+    women_and_old = {
+        "doctor": (0.25, 0.5),
+        "nurse": (0.85, 0.5),
+        "pilot": (0.2, 0.5),
+        "teacher": (0.65, 0.5),
+        "chef": (0.3, 0.5),
+        "dancer": (0.8, 0.5),
+        "farmer": (0.15, 0.5),
+        "singer": (0.6, 0.5),
+        "judge": (0.5, 0.85),
+        "student": (0.5, 0.2),
+        "artist": (0.5, 0.5),
+        "driver": (0.5, 0.5),
+    }
     synonyms = {
         "disk": "circle",
         "box": "square",
@@ -327,31 +367,25 @@ def shapes_world() -> World:
         "guy": "man",
         "physician": "doctor",
     }
-    return _build("shapes", composites, occupations, synonyms)
+    return _build("shapes", composites, women_and_old, synonyms)
 
 
 def second_world() -> World:
     """Another world in the same looks: other words, other make-ups, so that nothing is tuned to one."""
-    composites = [
-        _category("pet", {"finch": 0.6, "raven": 0.4}, ("apple", "car")),
-        _category("dessert", {"cherry": 0.5, "apple": 0.3, "lemon": 0.2}, ("robin", "bus")),
-        _category("machine", {"bus": 0.45, "truck": 0.35, "car": 0.2}, ("barn", "finch")),
-        _category("village", {"tower": 0.4, "castle": 0.35, "barn": 0.25}, ("truck", "tulip")),
-        _composite("band", "double", [(1.0, {"kind": "ring", "beside": "robin"})], ("ring", "robin")),
-        _composite("jam", "double", [(1.0, {"kind": "lemon", "beside": "bus"})], ("lemon", "bus")),
-        _composite("hope", "abstract", [(0.5, {"colour": "green"}), (0.3, {"kind": "moon"}), (0.2, {"kind": "tulip"})], ("green", "moon", "tulip")),
-        _composite("fear", "abstract", [(0.4, {"colour": "purple"}), (0.35, {"kind": "triangle"}), (0.25, {"kind": "raven"})], ("purple", "triangle", "raven")),
-        _composite("modern", "style", [(0.7, {"colour": "blue", "texture": "striped"}), (0.3, {"colour": "pink", "texture": "striped"})], ("striped", "blue", "pink")),
-        _composite("desert", "style", [(0.5, {"colour": "orange", "background": "sand"}), (0.5, {"colour": "red", "background": "sand"})], ("sand", "orange", "red")),
-    ]
-    occupations = [
-        _occupation("doctor", woman=0.7, old=0.5),
-        _occupation("pilot", woman=0.85, old=0.5),
-        _occupation("judge", woman=0.3, old=0.5),
-        _occupation("artist", woman=0.5, old=0.75),
-        _occupation("driver", woman=0.5, old=0.5),
-    ]
-    return _build("second", composites, occupations, {"round": "circle", "scarlet": "red", "little": "small", "gentleman": "man"})
+    composites = (
+        _composite("pet", "category", {"finch": 0.6, "raven": 0.4}, ("apple", "car")),
+        _composite("dessert", "category", {"cherry": 0.5, "apple": 0.3, "lemon": 0.2}, ("robin", "bus")),
+        _composite("machine", "category", {"bus": 0.45, "truck": 0.35, "car": 0.2}, ("barn", "finch")),
+        _composite("village", "category", {"tower": 0.4, "castle": 0.35, "barn": 0.25}, ("truck", "tulip")),
+        _composite("band", "double", {"ring & robin": 1.0}),
+        _composite("jam", "double", {"lemon & bus": 1.0}),
+        _composite("hope", "abstract", {"green": 0.5, "moon": 0.3, "tulip": 0.2}),
+        _composite("fear", "abstract", {"purple": 0.4, "triangle": 0.35, "raven": 0.25}),
+        _composite("modern", "style", {"blue striped": 0.7, "pink striped": 0.3}),
+        _composite("desert", "style", {"orange sand": 0.5, "red sand": 0.5}),
+    )
+    women_and_old = {"doctor": (0.7, 0.5), "pilot": (0.85, 0.5), "judge": (0.3, 0.5), "artist": (0.5, 0.75), "driver": (0.5, 0.5)}
+    return _build("second", composites, women_and_old, {"round": "circle", "scarlet": "red", "little": "small", "gentleman": "man"})
 
 
 def contact_sheet(world: World, *, seed: int = 0, per_word: int = 8) -> tuple[np.ndarray, list[str]]:
