@@ -37,7 +37,7 @@ ModelOption = Annotated[str, typer.Option("--model", help='"demo", or the folder
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to; made if it is not there.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="The first seed.")]
 PicturesOption = Annotated[int, typer.Option("--seeds", min=1, help="How many pictures, one per seed.")]
-StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps of the pictures.")]
 GuidanceOption = Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 turns it off.")]
 SideOption = Annotated[
     int | None, typer.Option("--size", min=8, help="Side of the square pictures; by default what the model was trained on.")
@@ -111,6 +111,7 @@ def decompose(
     out: OutOption,
     model: ModelOption = "demo",
     template: Annotated[str, typer.Option(help="The prompt around the concept, with {} in its place.")] = "a photo of a {}",
+    words: Annotated[int, typer.Option(min=1, help="At most so many words.")] = 5,
     seeds: PicturesOption = 6,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the decomposition.")] = 0,
     steps: StepsOption = 20,
@@ -119,7 +120,7 @@ def decompose(
     device: DeviceOption = "cpu",
 ) -> None:
     """Find the few vocabulary words a concept is made of: a chart, the numbers, and pictures of the concept beside its words'."""
-    _decompose(_load(model, device), concept, template, out, seed, range(seeds), steps, guidance, size)
+    _decompose(_load(model, device), concept, out, template, words, seed, range(seeds), steps, guidance, size)
 
 
 @app.command()
@@ -147,9 +148,7 @@ def demo(out: OutOption = Path("demo")) -> None:
 
     start = time.perf_counter()
     loaded, shapes = _load("demo", "cpu"), shapes_world()
-    found = {
-        concept: _decompose(loaded, concept, "a photo of a {}", out / concept, 0, range(6), 20, 4.0, None) for concept in DEMO_CONCEPTS
-    }
+    found = {concept: _decompose(loaded, concept, out / concept) for concept in DEMO_CONCEPTS}
     typer.echo("")
     for concept, result in found.items():
         typer.echo(_beside(shapes, concept, result))
@@ -159,30 +158,42 @@ def demo(out: OutOption = Path("demo")) -> None:
 def _decompose(
     model: Model,
     concept: str,
-    template: str,
     out: Path,
-    seed: int,
-    seeds: Sequence[int],
-    steps: int,
-    guidance: float,
-    size: int | None,
+    template: str = "a photo of a {}",
+    words: int = 5,
+    seed: int = 0,
+    seeds: Sequence[int] = range(6),
+    steps: int = 20,
+    guidance: float = 4.0,
+    size: int | None = None,
 ) -> Decomposition:
     from . import chart
-    from .decompose import decompose_concept
+    from .decompose import Settings, decompose_concept
 
     start = time.perf_counter()
     side = _side(model, size)
     with _Bar(f"decomposing {concept!r}") as bar:
-        result = decompose_concept(model, concept, template=template, seed=seed, height=side, width=side, on_step=bar)
+        result = decompose_concept(
+            model,
+            concept,
+            template=template,
+            words=words,
+            seed=seed,
+            height=side,
+            width=side,
+            settings=Settings(guidance=guidance),
+            on_step=bar,
+        )
     seconds = time.perf_counter() - start
-    subtitle = f"{template.format(concept)!r}, {model.name}; R² {result.r2:.3f}"
+    prompt = template.replace("{}", concept)
+    subtitle = f'"{prompt}", model {model.name}; R² {result.r2:.3f}'
     chart.save(out / "chart.png", chart.share_bars(result.words, result.shares, result.importance, title=concept, subtitle=subtitle))
     (out / "decomposition.json").write_text(json.dumps(_numbers(result), indent=2) + "\n", "utf-8")
     if model.autoencoder is not None:
         rows = [
             _draw(model, conditioning, seeds, steps, guidance, size, f"drawing {label}")
             for label, conditioning in (
-                (concept, model.text.encode([template.format(concept)])),
+                (concept, model.text.encode([prompt])),
                 ("its words", result.apply(model.text)),
             )
         ]
@@ -224,8 +235,8 @@ def _side(model: Model, size: int | None) -> int:
 
 def _draw(
     model: Model, conditioning: Conditioning, seeds: Sequence[int], steps: int, guidance: float, size: int | None, label: str
-) -> list[NDArray[np.float32]]:
-    """One picture a seed, (height, width, 3) in [0, 1]."""
+) -> list[NDArray[np.uint8]]:
+    """One picture a seed, (height, width, 3)."""
     import torch
 
     from .model import UnsupportedModel
@@ -238,14 +249,14 @@ def _draw(
     cells = side // model.denoiser.downscale
     batch = max(1, _PIXELS // side**2)
     negative = model.text.encode([""]) if guidance != 1 else None
-    pictures: list[NDArray[np.float32]] = []
+    pictures: list[NDArray[np.uint8]] = []
     with torch.no_grad():
         for first in range(0, len(seeds), batch):
             noise = initial_noise(seeds[first : first + batch], model.denoiser.latent_channels, cells, cells)
             with _Bar(label) as bar:
                 sigmas = schedule(model.denoiser, steps)
                 latents = run(model, conditioning, negative, noise, sigmas, guidance=guidance, on_step=bar)
-            pictures += list(model.autoencoder.decode(latents).movedim(1, -1).cpu().numpy())
+            pictures += list((model.autoencoder.decode(latents) * 255).round().byte().movedim(1, -1).cpu().numpy())
     return pictures
 
 

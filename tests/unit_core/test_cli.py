@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conceptkit.core import cli
+from conceptkit.core import cli, decompose
 from conceptkit.core.demo.architecture import AUTOENCODER, TEXT, UNET, build_autoencoder, build_text_encoder, build_unet
 from conceptkit.core.hosts.checkpoint import to_single_file
 from PIL import Image
@@ -52,6 +52,24 @@ def test_sample(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     assert Image.open(out / "seed-1.png").size == (64, 64)
     assert run("sample", "a red circle", *common, "--seeds", 1, "--seed", 1, "--out", tmp_path) == 0
     assert (tmp_path / "seed-1.png").read_bytes() == (out / "seed-1.png").read_bytes()
+
+
+def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = decompose.Settings(pictures=1, heldout=1, steps=2, descent=2, refit=1, batch=2, survivors=3, attempts=1)
+    whole = decompose.decompose_concept
+    monkeypatch.setattr(
+        decompose, "decompose_concept", lambda *given, **options: whole(*given, **options | {"settings": quick, "limit": 8})
+    )
+    common = ("--model", checkpoint, "--size", 64, "--steps", 2, "--seeds", 1)
+    assert run("decompose", "bird", *common, "--words", 2, "--out", tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"chart.png", "decomposition.json", "pictures.png"}
+    numbers = json.loads((tmp_path / "decomposition.json").read_text("utf-8"))
+    assert numbers["concept"] == "bird" and 1 <= len(numbers["words"]) <= 2
+    assert sum(word["share"] for word in numbers["words"]) == pytest.approx(1)
+    assert numbers["evals"] > numbers["calls"] > 0
+    assert f"{numbers['words'][0]['word']}: share" in capsys.readouterr().out
+    assert run("decompose", "bird", *common, "--template", "a photo", "--out", tmp_path) == 1
+    assert "must contain {} once" in capsys.readouterr().err
 
 
 def test_world(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
