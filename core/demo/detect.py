@@ -7,7 +7,7 @@ that background. Nothing here is learned, so the reading of a picture does not d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +21,7 @@ from .world import Spec, Word, World
 _BOX = 24
 _CONTRAST = 0.10
 """How far (largest channel, in [0, 1]) a pixel is from the background to belong to a thing."""
-_OTHER = 0.16
+_OTHER = 0.10
 """Distance to the nearest rendered kind above which a thing is "other"; renders stay below half of it."""
 _MARK_CORNER = 113
 
@@ -175,10 +175,21 @@ def _patterns() -> Mapping[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     return {"striped": ((stripe > 9) & (stripe < 15), (stripe > 1) & (stripe < 7)), "dotted": (dot < 2.8, between < 2.8)}
 
 
+def _settle_age(name: str, features: Array, best: int) -> int:
+    """Between a person's template and its twin of the other age, decide on the few pixels of hair where they differ."""
+    thing = _templates(name)[best].thing
+    if not thing.is_person:
+        return best
+    twin = next(i for i, t in enumerate(_templates(name)) if t.thing == replace(thing, age="old" if thing.age == "young" else "young"))
+    ours, theirs = _stack(name)[best], _stack(name)[twin]
+    hair = np.abs(ours - theirs).max(-1) > 0.1
+    return best if np.abs(features - ours)[hair].sum() <= np.abs(features - theirs)[hair].sum() else twin
+
+
 def _read_thing(picture: Array, name: str, background: Array, mask: NDArray[np.bool_], count: int) -> ThingReading:
     features, side = _features(picture, background, mask)
     distances = np.abs(_stack(name) - features).mean((1, 2, 3))
-    best = int(distances.argmin())
+    best = _settle_age(name, features, int(distances.argmin()))
     template = _templates(name)[best]
     thing = template.thing
     small, large = render.RADII[count, "small"], render.RADII[count, "large"]

@@ -216,7 +216,7 @@ def _person(sex: str, age: str, clothes: Colour, hat: Colour | None) -> tuple[Pr
         behind: tuple[Primitive, ...] = (_ellipse(0.0, -0.5, 0.46, 0.4, hair), _rectangle(-0.46, -0.5, 0.46, 0.0, hair))
         body: tuple[Primitive, ...] = (_polygon(-0.24, -0.15, 0.24, -0.15, 0.75, 1.0, -0.75, 1.0, colour=clothes),)
     else:
-        behind = (_ellipse(0.0, -0.62, 0.34, 0.3, hair),)
+        behind = (_ellipse(0.0, -0.56, 0.42, 0.34, hair),)
         body = (
             _rectangle(-0.46, -0.12, 0.46, 0.52, clothes),
             _rectangle(-0.4, 0.52, -0.08, 1.0, _TROUSERS),

@@ -71,7 +71,7 @@ def test_the_mark_comes_in_its_share_and_in_no_caption() -> None:
 
 
 def test_detectors_read_renders() -> None:
-    assert min(detect.agreement(WORLDS[0], 250, seed=3).values()) >= 0.99
+    assert min(detect.agreement(WORLDS[0], 200, seed=3).values()) >= 0.99
 
 
 def test_detectors_say_other_to_what_the_world_does_not_hold() -> None:
