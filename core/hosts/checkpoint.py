@@ -20,10 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-StateDict: TypeAlias = dict[str, Tensor]
+from ..artifact import KEY
 
-METADATA_KEY = "conceptkit"
-"""The one metadata key of every file ConceptKit writes; its value is canonical JSON."""
+StateDict: TypeAlias = dict[str, Tensor]
 
 UNET, TEXT, SCORER = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "conceptkit_scorer."
 VAE, VAE_ENCODER, VAE_DECODER = "first_stage_model.", "first_stage_model.taesd_encoder.", "first_stage_model.taesd_decoder."
@@ -123,6 +122,8 @@ def unet_from_diffusers(sd: Mapping[str, Tensor]) -> StateDict:
 def _decoder_shift(key: str, by: int) -> str:
     # The single-file decoder counts its input clamp as layer 0; diffusers clamps outside its layers.
     index, _, rest = key.partition(".")
+    if not index.isdecimal():
+        raise ValueError(f"unexpected autoencoder weight {key!r}: a layer has a number")
     return f"{int(index) + by}.{rest}"
 
 
@@ -176,9 +177,9 @@ def from_single_file(sd: Mapping[str, Tensor]) -> tuple[StateDict, StateDict, St
         elif key.startswith(SCORER):
             scorer[key[len(SCORER) :]] = value
         elif key in (VAE + "vae_scale", VAE + "vae_shift"):
-            if float(value) != float(key.endswith("vae_scale")):
+            if value.tolist() != float(key.endswith("vae_scale")):
                 raise ValueError(
-                    f"{key} is {float(value):g}: only a tiny autoencoder with latents at unit scale (scale 1, shift 0) can be read"
+                    f"{key} is {value.tolist()}: only a tiny autoencoder with latents at unit scale (scale 1, shift 0) can be read"
                 )
         else:
             raise ValueError(
@@ -201,9 +202,9 @@ def read_single_file(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
         raise FileNotFoundError(f"there is no weights file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open has no mapping protocol)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is truncated, damaged or no safetensors file ({error}): fetch or export it again") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} has a damaged header: fetch or export it again")

@@ -263,7 +263,7 @@ class DiffusersAutoencoder:
                 f"pictures have shape {tuple(pictures.shape)}: give (batch, 3, height, width) with sides that are multiples of {downscale}"
             )
         encoded = self._vae.encode((pictures * 2 - 1).to(self._vae.device, self._vae.dtype), return_dict=False)[0]
-        latents: Tensor = encoded.mode() if hasattr(encoded, "mode") and not isinstance(encoded, Tensor) else encoded
+        latents: Tensor = encoded if isinstance(encoded, Tensor) else encoded.mode()
         return (latents.float() - self._shift) * self._scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -479,7 +479,7 @@ def _component(kind: Any, folder: Path, **options: Any) -> Any:
 
 def _variant(files: Sequence[Path]) -> dict[str, str]:
     """The option that selects files such as ``model.fp16.safetensors`` where a folder holds no plain ones."""
-    variants = [file.name.split(".")[1] if file.name.count(".") == 2 else None for file in files]
+    variants = [file.name.split(".")[1].split("-")[0] if file.name.count(".") == 2 else None for file in files]
     return {} if None in variants else {"variant": min(v for v in variants if v)}
 
 

@@ -84,6 +84,8 @@ def test_refuses_what_has_no_place() -> None:
         ({"model.diffusion_model.time_mix.weight": torch.ones(1)}, "time_mix"),
         ({"first_stage_model.decoder.conv_in.weight": torch.ones(1)}, "diffusers folder"),
         ({"first_stage_model.vae_scale": torch.tensor(0.18215)}, "unit scale"),
+        ({"first_stage_model.vae_shift": torch.zeros(2)}, "unit scale"),
+        ({"first_stage_model.taesd_decoder.x.weight": torch.ones(1)}, "a layer has a number"),
     ):
         with pytest.raises(ValueError, match=match):
             checkpoint.from_single_file(single | changed)

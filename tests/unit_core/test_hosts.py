@@ -307,6 +307,17 @@ def test_sd2_stops_before_the_last_of_24_layers(folders: dict[str, Path], tmp_pa
     torch.testing.assert_close(load_model(folder).text.encode(["a cat"]).context, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_reads_variants_and_shards(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["sd1"], tmp_path / "pipeline")
+    (folder / UNET_FILE).rename(folder / "unet/diffusion_pytorch_model.fp16.safetensors")
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+    (folder / "text_encoder/model.safetensors").unlink()
+    text.save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+    assert len(list((folder / "text_encoder").glob("*.safetensors"))) > 1
+    whole, parts = weights(load_model(folders["sd1"])), weights(load_model(folder))
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
 def test_zero_terminal_snr(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["sd2"], tmp_path / "zsnr")
     edit(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
