@@ -177,7 +177,7 @@ def from_single_file(sd: Mapping[str, Tensor]) -> tuple[StateDict, StateDict, St
         elif key.startswith(SCORER):
             scorer[key[len(SCORER) :]] = value
         elif key in (VAE + "vae_scale", VAE + "vae_shift"):
-            if value.tolist() != float(key.endswith("vae_scale")):
+            if value.numel() != 1 or float(value) != float(key.endswith("vae_scale")):
                 raise ValueError(
                     f"{key} is {value.tolist()}: only a tiny autoencoder with latents at unit scale (scale 1, shift 0) can be read"
                 )
