@@ -25,7 +25,7 @@ check: $(VENV)/.dev .dev/conceptkit
 	cd .dev && ../$(VENV)/bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p conceptkit
 
 # -I keeps the repository root off the path, which `python -m` would put there.
-test-comfyui: .dev/conceptkit $(filter $(COMFYUI_VENV)/bin/python,$(COMFYUI_PYTHON))
+test-comfyui: .dev/conceptkit $(if $(filter $(COMFYUI_VENV)/bin/python,$(COMFYUI_PYTHON)),$(COMFYUI_VENV)/.installed)
 	OMP_NUM_THREADS=1 COMFYUI_PATH="$(abspath $(COMFYUI_PATH))" $(COMFYUI_PYTHON) -I -m pytest -c tests/pytest.ini tests/comfy
 
 $(VENV)/.headless: $(REQUIREMENTS)
@@ -39,12 +39,13 @@ $(VENV)/.dev: $(REQUIREMENTS)
 	touch $(VENV)/.headless $@
 
 # --no-deps where the dependencies are the templates' media, or torch a second time.
-$(COMFYUI_VENV)/bin/python: $(REQUIREMENTS)
+APART = ^(torchvision|torchaudio|comfyui-workflow-templates)
+$(COMFYUI_VENV)/.installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(COMFYUI_VENV)
-	grep -vE '^(torchvision|torchaudio|comfyui-workflow-templates)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/requirements.txt
-	grep -E '^(torchvision|torchaudio|comfyui-workflow-templates)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/no-deps.txt
-	$@ $(PIP) -r $(COMFYUI_VENV)/requirements.txt -r requirements.txt pytest
-	$@ $(PIP) --no-deps -r $(COMFYUI_VENV)/no-deps.txt
+	grep -vE '$(APART)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/requirements.txt
+	grep -E '$(APART)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/apart.txt
+	$(COMFYUI_VENV)/bin/python $(PIP) -r $(COMFYUI_VENV)/requirements.txt -r requirements.txt pytest
+	$(COMFYUI_VENV)/bin/python $(PIP) --no-deps -r $(COMFYUI_VENV)/apart.txt
 	touch $@
 
 # Type checkers cannot see a package that is its own parent.
