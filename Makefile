@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 COMFYUI_PATH ?= $(HOME)/ComfyUI
 COMFYUI_VENV ?= .venv-comfyui
-# A Python that has ComfyUI's requirements; by default one is made in COMFYUI_VENV.
+# The Python that runs ComfyUI, beside the one that runs the tests; by default one is made in COMFYUI_VENV.
 COMFYUI_PYTHON ?= $(COMFYUI_VENV)/bin/python
 
 PIP = -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt
@@ -24,9 +24,9 @@ check: $(VENV)/.dev .dev/conceptkit
 	$(VENV)/bin/ruff check .
 	cd .dev && ../$(VENV)/bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p conceptkit
 
-# -I keeps the repository root off the path, which `python -m` would put there.
-test-comfyui: .dev/conceptkit $(if $(filter $(COMFYUI_VENV)/bin/python,$(COMFYUI_PYTHON)),$(COMFYUI_VENV)/.installed)
-	OMP_NUM_THREADS=1 COMFYUI_PATH="$(abspath $(COMFYUI_PATH))" $(COMFYUI_PYTHON) -I -m pytest -c tests/pytest.ini tests/comfy
+test-comfyui: $(VENV)/.dev .dev/conceptkit $(if $(filter $(COMFYUI_VENV)/bin/python,$(COMFYUI_PYTHON)),$(COMFYUI_VENV)/.installed)
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(abspath $(COMFYUI_PATH))" COMFYUI_PYTHON="$(abspath $(COMFYUI_PYTHON))" \
+		$(VENV)/bin/pytest -c tests/pytest.ini tests/comfy
 
 $(VENV)/.headless: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)
@@ -44,7 +44,7 @@ $(COMFYUI_VENV)/.installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(COMFYUI_VENV)
 	grep -vE '$(APART)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/requirements.txt
 	grep -E '$(APART)' "$(COMFYUI_PATH)/requirements.txt" > $(COMFYUI_VENV)/apart.txt
-	$(COMFYUI_VENV)/bin/python $(PIP) -r $(COMFYUI_VENV)/requirements.txt -r requirements.txt pytest
+	$(COMFYUI_VENV)/bin/python $(PIP) -r $(COMFYUI_VENV)/requirements.txt -r requirements.txt
 	$(COMFYUI_VENV)/bin/python $(PIP) --no-deps -r $(COMFYUI_VENV)/apart.txt
 	touch $@
 
