@@ -102,7 +102,7 @@ class DecomposeConcept(io.ComfyNode):
             found.words,
             found.shares,
             found.importance,
-            title=f"{found.concept} in {found.template!r}",
-            subtitle=f"explains {found.r2:.0%} of what the concept changes, on pictures that were not fitted",
+            title=found.concept,
+            subtitle=f"“{template.replace('{}', found.concept)}”: the words explain {found.r2:.0%} of what the concept changes",
         )
         return io.NodeOutput(found, conditioning, torch.from_numpy(chart).float().div(255)[None], text)

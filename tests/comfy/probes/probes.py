@@ -112,7 +112,7 @@ def failure(pack, wired, kind):
         if kind == "long":
             model.text.encode(["word " * 76])
         while kind == "forever":
-            model.denoise(x, 1.0, conditioning).sum().backward()
+            model.denoise(x, 1.0, conditioning).sum().backward(retain_graph=True)
             time.sleep(0.01)
 
 
@@ -146,3 +146,70 @@ def dynamic(pack, wired):
         context = seen.text.encode(["a red circle"]).context.requires_grad_()
         seen.denoise(torch.zeros(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context)).sum().backward()
     return {"own": own, "gradient": float(context.grad.norm()), "left": len(comfy.model_management.current_loaded_models) - before}
+
+
+def large(pack, wired, cells):
+    """One gradient step to a token embedding through a model of real size: seconds, and the process's peak memory in GiB."""
+    import resource
+
+    before = state_hash(wired)
+    start = time.perf_counter()
+    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+        loaded = time.perf_counter()
+        slot = {name: table[320:321].clone().requires_grad_() for name, table in model.text.tables.items()}
+        conditioning = model.text.encode([["a photo of a ", slot]])
+        x = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
+        model.denoise(x, 5.0, conditioning).square().mean().backward()
+        stepped = time.perf_counter()
+        norms = {name: float(rows.grad.norm()) for name, rows in slot.items()}
+        family, dtype = model.family, str(next(wired["model"].model.diffusion_model.parameters()).dtype)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result = {"family": family, "dtype": dtype, "load": loaded - start, "step": stepped - loaded, "peak": peak, "norms": norms}
+    return result | {"unchanged": state_hash(wired) == before}
+
+
+def state_hash(wired):
+    """Like ``weights``, of a sample of the tensors: those of a real size take long to read."""
+    digest = hashlib.sha256()
+    for module in (wired["model"].model, wired["clip"].cond_stage_model):
+        for name, tensor in sorted(module.state_dict().items())[::7]:
+            digest.update(name.encode() + tensor.detach().clone().contiguous().flatten()[:4096].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def make_checkpoint(pack, wired, kind, path):
+    """A file of random fp16 weights with the sizes of SD 1.5 or SDXL, in their single-file layout, without an autoencoder."""
+    import comfy.model_detection
+    import comfy.ops
+    import comfy.supported_models
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = {"in_channels": 4, "out_channels": 4, "model_channels": 320, "use_temporal_resblock": False}
+    if kind == "SD15":
+        config |= {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0, 0], "num_heads": 8}
+        config |= {"transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 768}
+        config |= {"adm_in_channels": None, "use_linear_in_transformer": False, "use_temporal_attention": False}
+    else:
+        config |= {"num_res_blocks": [2] * 3, "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10], "context_dim": 2048}
+        config |= {"transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "num_head_channels": 64}
+        config |= {"adm_in_channels": 2816, "num_classes": "sequential", "use_linear_in_transformer": True, "use_temporal_attention": False}
+    model_config = getattr(comfy.supported_models, kind)(config)
+    unet = UNetModel(image_size=32, **config, dtype=torch.float16, device="meta", operations=comfy.ops.disable_weight_init)
+    clip = model_config.clip_target({}).clip(device="meta", dtype=torch.float16)
+    generator = torch.Generator().manual_seed(0)
+
+    def filled(sd):
+        for name, tensor in sd.items():
+            fan_in = max(tensor.shape[1:].numel(), 1)
+            scale = 0.02 if "embedding" in name else fan_in**-0.5
+            value = torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * scale
+            if tensor.ndim < 2:
+                value = torch.ones(tensor.shape) if name.endswith("weight") else torch.zeros(tensor.shape)
+            sd[name] = value.half()
+        return sd
+
+    sd = {"model.diffusion_model." + name: tensor for name, tensor in filled(dict(unet.state_dict())).items()}
+    text = filled({name: tensor for name, tensor in clip.state_dict().items() if "logit_scale" not in name})
+    sd |= model_config.process_clip_state_dict_for_saving(text)
+    save_file({name: tensor.contiguous() for name, tensor in sd.items()}, path)
+    return {"unet": sum(p.numel() for p in unet.parameters())}

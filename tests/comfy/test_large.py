@@ -1,0 +1,28 @@
+"""By hand (CONCEPTKIT_LARGE=SD15 or SDXL): random weights of a real model's size load and take a gradient step; minutes, up to 20 GiB."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+CELLS = {"SD15": 64, "SDXL": 128}
+
+
+@pytest.mark.parametrize("kind", ["SD15", "SDXL"])
+def test_one_gradient_step(comfy, kind):
+    if os.environ.get("CONCEPTKIT_LARGE") != kind:
+        pytest.skip(f"set CONCEPTKIT_LARGE={kind} to run it")
+    file = comfy.base / "models" / "checkpoints" / f"{kind}.safetensors"
+    made = comfy.run(comfy.probing("make_checkpoint", kind=kind, path=str(file)), seconds=1800)["probe"]["text"][0]
+    assert json.loads(made)["unet"] > 8e8
+    extra = {"large": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": file.name}}}
+    wires = {"model": ["large", 0], "clip": ["large", 1], "vae": None}
+    graph = comfy.probing("large", wires=wires, graph=extra, cells=CELLS[kind])
+    result = json.loads(comfy.run(graph, seconds=3600)["probe"]["text"][0])
+    sys.stderr.write(f"{kind}: {result}\n")
+    assert result["family"] == {"SD15": "sd1", "SDXL": "sdxl"}[kind]
+    assert all(norm > 0 for norm in result["norms"].values())
+    assert result["unchanged"]

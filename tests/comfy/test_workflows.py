@@ -1,0 +1,107 @@
+"""The example workflows: they fit the nodes, and the API copies of them run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+API = Path(__file__).parent / "api"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_fits_the_nodes_and_its_api_copy(comfy, path):
+    workflow, prompt = json.loads(path.read_text()), json.loads((API / path.name).read_text())
+    info = comfy.get("/object_info")
+    links = {link[0]: link for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        kind, copy = info[node["type"]], prompt[str(node["id"])]
+        assert copy["class_type"] == node["type"]
+        specs = kind["input"].get("required", {}) | kind["input"].get("optional", {})
+        values = iter(node["widgets_values"])
+        for name, spec in specs.items():
+            socket = next((entry for entry in node["inputs"] if entry["name"] == name), None)
+            if socket is not None and "widget" not in socket:
+                _, source, slot, _, _, kind_of = links[socket["link"]]
+                assert copy["inputs"][name] == [str(source), slot]
+                assert kind_of in info[prompt[str(source)]["class_type"]]["output"][slot]
+            elif name in copy["inputs"]:
+                assert copy["inputs"][name] == next(values), f"widget {name} of {node['type']}"
+                if (spec[1] if len(spec) > 1 else {}).get("control_after_generate"):
+                    assert next(values) == "fixed", "a shared workflow must give everyone the same picture"
+
+
+def test_every_node_is_documented(comfy):
+    info = {name: node for name, node in comfy.get("/object_info").items() if name.startswith("ConceptKit") and name != "ConceptKitProbe"}
+    texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text())
+    assert info.keys() == texts.keys()
+    for name, node in info.items():
+        assert (ROOT / "web" / "docs" / f"{name}.md").is_file()
+        assert node["description"] and node["search_aliases"] and node["category"].startswith("ConceptKit/")
+        inputs = node["input"].get("required", {}) | node["input"].get("optional", {})
+        assert all(spec[1].get("tooltip") for spec in inputs.values()), name
+        assert all(node["output_tooltips"]), name
+        assert inputs.keys() == texts[name]["inputs"].keys()
+        for key, spec in inputs.items():
+            assert spec[1]["tooltip"] == texts[name]["inputs"][key]["tooltip"].replace("{'{}'}", "{}")
+        assert list(node["output_tooltips"]) == [output["tooltip"] for output in texts[name]["outputs"].values()]
+
+
+def decompose(comfy, **inputs):
+    given = {"concept": "bird", "template": "a photo of a {}", "words": 3, "seed": 0, "size": 0} | inputs
+    node = {"class_type": "ConceptKitDecompose", "inputs": {"model": ["loader", 0], "clip": ["loader", 1]} | given}
+    return comfy.loaders() | {"node": node, "show": {"class_type": "PreviewAny", "inputs": {"source": ["node", 3]}}}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"), [({"concept": " "}, "the concept is empty"), ({"template": "a photo"}, "must contain {} once")]
+)
+def test_bad_widgets_are_refused_before_anything_runs(comfy, inputs, message):
+    with pytest.raises(AssertionError, match="custom_validation_failed") as refusal:
+        comfy.queue(decompose(comfy, **inputs))
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"concept": "(bird:1.3)"}, "write plain words"),
+        ({"concept": "embedding:bird"}, "write plain words"),
+        ({"concept": "bird " * 80}, "tokens"),
+    ],
+)
+def test_bad_concepts_fail_with_a_sentence(comfy, inputs, message):
+    before = comfy.probe("state")
+    assert message in comfy.fail(decompose(comfy, **inputs))
+    assert comfy.probe("state") == before
+
+
+def test_the_example_decomposes_bird_and_draws_it(comfy):
+    prompt = json.loads((API / "decompose_bird.json").read_text())
+    prompt["1"]["inputs"]["ckpt_name"] = comfy.checkpoint
+    before = comfy.probe("state")
+    outputs = comfy.run(prompt, seconds=900)
+    assert comfy.probe("state") == before
+    text = outputs["13"]["text"][0]
+    assert text.startswith("bird = ")
+    assert "explains" in text
+    pictures = {}
+    for node in ("10", "11"):
+        files = [comfy.base / "output" / image["subfolder"] / image["filename"] for image in outputs[node]["images"]]
+        pictures[node] = np.stack([np.asarray(Image.open(file).convert("RGB"), dtype=np.float32) / 255 for file in files])
+        assert pictures[node].shape == (4, 128, 128, 3)
+    chart = outputs["12"]["images"][0]
+    assert Image.open(comfy.base / "temp" / chart["filename"]).size[0] == 1200
+    if comfy.weights.name == "shapes.safetensors":
+        concept, words = pictures["10"], pictures["11"]
+        assert min(concept.std(), words.std()) > 0.05, "random weights draw nothing; trained ones do"
+        same = np.abs(concept - words).mean()
+        other = np.mean([np.abs(concept - np.roll(words, shift, axis=0)).mean() for shift in (1, 2, 3)])
+        assert same < other, "from the same noise the words must draw more alike than from another"
