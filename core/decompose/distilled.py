@@ -16,9 +16,10 @@ from torch import Tensor
 from ..model import Conditioning, Model, Prompt, Slot
 from ..progress import OnStep, silent
 from ..vocabulary import candidates as choose_candidates
-from ..vocabulary import is_known
+from ..vocabulary import embeddings, is_known
 from .mixture import Mixture, SimplexDescent
-from .result import RELIABLE_R2, Attempt, Decomposition, Fidelity, LevelR2, fill, split_template
+from .result import RELIABLE_R2, Attempt, Decomposition, Fidelity, LevelR2, fill, mix, split_template
+from .sparse import proposals, small_nnls
 from .states import States, distances, harvest
 
 logger = logging.getLogger(__name__)
@@ -26,20 +27,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is spent. pictures: sampled for the fit; heldout: sampled for measuring; steps: the sampler's; guidance: the sampler's.
+    """How much is spent, in states and samples.
 
-    descent: gradient steps of ``batch`` states each; refit: of those, on the surviving words only; survivors: how many survive.
+    pictures, heldout: sampled for the fit and for measuring; steps, guidance: the sampler's. rounds: linearisations, each of ``rows``
+    random projections (3 evals each). judged: states by which proposals are compared. refined: states of a Gauss-Newton step on the
+    chosen words. descent: gradient steps of ``batch`` states, taken only where everything else explains the concept poorly.
     """
 
     pictures: int = 4
     heldout: int = 2
     steps: int = 12
     guidance: float = 4.0
+    rounds: int = 2
+    rows: int = 96
+    judged: int = 8
+    refined: int = 6
     descent: int = 60
-    refit: int = 12
-    batch: int = 6
-    survivors: int = 24
-    attempts: int = 2
+    batch: int = 8
 
 
 def decompose_concept(
@@ -82,9 +86,19 @@ def decompose_concept(
     with torch.no_grad():
         teacher: Prompt = fill(template, name if isinstance(concept, str) and name is not None else [concept])
         target, empty = model.text.encode([teacher]).detach(), model.text.encode([""]).detach()
-    return _Fit(model, Mixture.of(model, template, pool), target, empty, settings, seed, on_step).run(
+    own = _own_token(model, concept)
+    return _Fit(model, Mixture.of(model, template, pool), target, empty, own, settings, seed, on_step).run(
         name or "<pseudo-token>", words, cells[0], cells[1]
     )
+
+
+def _own_token(model: Model, concept: str | Slot) -> dict[str, Tensor] | None:
+    """The concept as one token per encoder, (1, width), or None when it is several."""
+    if not isinstance(concept, str):
+        rows = {name: row.detach().reshape(-1, row.shape[-1]) for name, row in concept.items()}
+        return {name: row.float() for name, row in rows.items()} if all(len(row) == 1 for row in rows.values()) else None
+    ids = model.text.tokenize(concept.strip())
+    return embeddings(model.text, ids) if len(ids) == 1 else None
 
 
 def _check_concept(model: Model, concept: str) -> None:
@@ -98,56 +112,75 @@ class _Fit:
     """One decomposition under way."""
 
     def __init__(
-        self, model: Model, mixture: Mixture, teacher: Conditioning, empty: Conditioning, settings: Settings, seed: int, on_step: OnStep
+        self,
+        model: Model,
+        mixture: Mixture,
+        teacher: Conditioning,
+        empty: Conditioning,
+        own: dict[str, Tensor] | None,
+        settings: Settings,
+        seed: int,
+        on_step: OnStep,
     ) -> None:
-        self.model, self.mixture, self.teacher, self.empty = model, mixture, teacher, empty
+        self.model, self.mixture, self.teacher, self.empty, self.own = model, mixture, teacher, empty, own
         self.settings, self.seed, self.on_step = settings, seed, on_step
         self.evals, self.calls = model.meter.evals, model.meter.calls
         self.generator = torch.Generator().manual_seed(seed)
-        states = (settings.pictures + settings.heldout) * settings.steps
-        self._planned = 2 * states + 3 * settings.batch * (settings.descent + settings.refit) + 4 * states
+        pictures = settings.pictures + settings.heldout
+        self._planned = 2 * pictures * settings.steps + settings.rounds * (3 * settings.rows + 12 * settings.judged) + 30 * settings.refined
 
     def run(self, concept: str, words: int, height: int, width: int) -> Decomposition:
         options = self.settings
         seeds = torch.randint(2**31, (options.pictures + options.heldout,), generator=self.generator).tolist()
         states = harvest(
-            self.model, self.teacher, self.empty, seeds, height=height, width=width, steps=options.steps, guidance=options.guidance,
+            self.model,
+            self.teacher,
+            self.empty,
+            seeds,
+            height=height,
+            width=width,
+            steps=options.steps,
+            guidance=options.guidance,
             on_step=self._report,
-        )  # fmt: skip
+        )
         fitted, heldout = states[states.picture < options.pictures], states[states.picture >= options.pictures]
         if not float(states.gap.sum()) > 0:
             raise ValueError(
                 f"the model ignores {concept!r}: its predictions equal those of the empty prompt, so there is nothing to explain"
             )
+        judged = fitted[self._draw(fitted, options.judged)]
+        count = min(words, len(self.mixture))
         attempts: list[Attempt] = []
-        best: tuple[float, Mixture, Tensor] | None = None
-        for start, alpha in self._starts():
-            mixture, alpha = self._descend(fitted, alpha)
-            r2 = self._r2(heldout, mixture, alpha)
+        best: tuple[float, Tensor] | None = None
+        for start, alpha in self._solutions(fitted, judged, count):
+            r2 = self._r2(heldout, alpha)
             attempts.append(Attempt(start, r2, kept=False))
             if best is None or r2 > best[0]:
-                best = (r2, mixture, alpha)
-            if r2 >= RELIABLE_R2 + 0.1 or len(attempts) >= options.attempts:
+                best = (r2, alpha)
+            if best[0] >= RELIABLE_R2:
                 break
-            logger.info("start %r reached R2 %.3f on held-out pictures; trying another", start, r2)
+            logger.info("%s: R2 %.3f on held-out pictures; trying another way", start, r2)
         assert best is not None
-        every, mixture, alpha = best
+        every, alpha = best
         attempts = [Attempt(a.start, a.r2, kept=a.r2 == every) for a in attempts]
-        mixture, alpha = self._truncate(fitted, mixture, alpha, words)
-        per_state = distances(self.model, heldout, mixture.encode(alpha[None]))
-        importance = tuple(self._importance(heldout, mixture, alpha, _ratio(per_state, heldout)))
-        spent = (self.model.meter.evals - self.evals, self.model.meter.calls - self.calls)
-        self.on_step(spent[0], spent[0], {"r2": _ratio(per_state, heldout)})
+        alpha = self._fewest(judged, alpha)
+        per_state = distances(self.model, heldout, self.mixture.encode(alpha[None]))
+        order = alpha.argsort(descending=True)[: int((alpha > 0).sum())]
+        importance = tuple(self._importance(heldout, alpha, order, _ratio(per_state, heldout)))
+        chosen, final = self.mixture.choose(order), alpha[order] / alpha.sum()
+        fidelity = Fidelity(_ratio(per_state, heldout), self._r2(judged, alpha), _levels(per_state, heldout), every)
+        evals, calls = self.model.meter.evals - self.evals, self.model.meter.calls - self.calls
+        self.on_step(evals, evals, {"r2": fidelity.heldout})
         return Decomposition(
             concept=concept,
-            template=mixture.template,
-            words=mixture.words,
-            ids=mixture.ids,
-            alpha=alpha.cpu(),
+            template=chosen.template,
+            words=chosen.words,
+            ids=chosen.ids,
+            alpha=final,
             importance=importance,
-            fidelity=Fidelity(_ratio(per_state, heldout), self._r2(fitted, mixture, alpha), _levels(per_state, heldout), every),
-            embeddings=mixture.embeddings,
-            norms=mixture.norms,
+            fidelity=fidelity,
+            embeddings=chosen.embeddings,
+            norms=chosen.norms,
             method="distilled",
             seed=self.seed,
             seeds=tuple(seeds[: options.pictures]),
@@ -155,8 +188,8 @@ class _Fit:
             settings={name: float(value) for name, value in vars(options).items()},
             candidates=len(self.mixture),
             attempts=tuple(attempts),
-            evals=spent[0],
-            calls=spent[1],
+            evals=evals,
+            calls=calls,
             model=self.model.name,
         )
 
@@ -164,71 +197,152 @@ class _Fit:
         spent = self.model.meter.evals - self.evals
         self.on_step(min(spent, self._planned - 1), self._planned, metrics or {})
 
-    def _starts(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights to descend from: the words that read like the concept to the text encoder, then all words alike."""
-        even = torch.full((len(self.mixture),), 1 / len(self.mixture))
-        yield "text", 0.8 * self._text_code() + 0.2 * even
-        yield "even", even
+    def _draw(self, states: States, count: int) -> Tensor:
+        """Distinct states, mostly where the concept matters most."""
+        gap = states.gap.cpu()
+        weight = 0.8 * gap / gap.sum() + 0.2 / len(gap)
+        return torch.multinomial(weight, min(count, len(gap)), generator=self.generator).to(states.x.device)
 
-    def _text_code(self, steps: int = 150) -> Tensor:
-        """Weights whose conditioning is nearest to the concept's; costs no evals."""
+    def _solutions(self, fitted: States, judged: States, count: int) -> Iterator[tuple[str, Tensor]]:
+        """Weights of at most ``count`` words by one way after another, each dearer than the last."""
+        alpha = self._linearised(fitted, judged, count)
+        yield "linearised", alpha
         even = torch.full((len(self.mixture),), 1 / len(self.mixture))
-        descent = SimplexDescent(even, steps)
+        yield "descent", self._refine(fitted, judged, _strongest(self._descend(fitted, even), count))
+
+    def _linearised(self, fitted: States, judged: States, count: int) -> Tensor:
+        """Sparse solutions of the model's linearisation at the concept, then at the best of them, refined on the model itself."""
+        token = self.own if self.own is not None else self._nearest_token()
+        best, reached = None, -torch.inf
+        for _ in range(self.settings.rounds):
+            rows, values = self._rows(fitted, token)
+            options = proposals(rows, values, torch.cat([e.cpu() for e in self.mixture.embeddings.values()], dim=1), count)
+            scores = self._judge(judged, torch.stack(options))
+            top = int(scores.argmax())
+            if best is None or float(scores[top]) > reached:
+                best, reached = options[top], float(scores[top])
+            refined = self._refine(fitted, judged, best)
+            score = float(self._judge(judged, refined[None])[0])
+            if score > reached:
+                best, reached = refined, score
+            if reached > 0.98:
+                break
+            token = {name: row[0] for name, row in mix(self.mixture.embeddings, self.mixture.norms, best[None]).items()}
+        assert best is not None
+        return best
+
+    def _nearest_token(self, steps: int = 200) -> dict[str, Tensor]:
+        """The free token whose conditioning is nearest to that of a concept of several tokens; costs no evals."""
+        token = {name: rows.mean(0, keepdim=True).requires_grad_() for name, rows in self.mixture.embeddings.items()}
+        optimizer = torch.optim.Adam(list(token.values()), lr=0.02 * min(self.mixture.norms.values()))
         for _ in range(steps):
-            alpha = descent.alpha.requires_grad_()
             with torch.enable_grad():
-                loss = (self.mixture.encode(alpha[None]).context - self.teacher.context).square().sum()
-            descent.step(torch.autograd.grad(loss, alpha)[0])
-        return descent.alpha
+                loss = (self.model.text.encode([fill(self.mixture.template, [token])]).context - self.teacher.context).square().sum()
+            gradients = torch.autograd.grad(loss, list(token.values()))
+            for row, gradient in zip(token.values(), gradients, strict=True):
+                row.grad = gradient
+            optimizer.step()
+        return {name: row.detach() for name, row in token.items()}
 
-    def _descend(self, states: States, alpha: Tensor) -> tuple[Mixture, Tensor]:
-        options, mixture = self.settings, self.mixture
-        alpha = self._fit(mixture, states, alpha, options.descent, 0.1)
-        if len(mixture) > options.survivors:
-            kept = alpha.topk(options.survivors).indices.sort().values
-            mixture, alpha = mixture.choose(kept), alpha[kept] / alpha[kept].sum()
-        return mixture, self._fit(mixture, states, alpha, options.refit, 0.03)
+    def _rows(self, states: States, token: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Equations rows @ w = values for the token w (all encoders' side by side) that makes the model predict the teacher's noise.
 
-    def _fit(self, mixture: Mixture, states: States, alpha: Tensor, steps: int, rate: float) -> Tensor:
-        """Gradient steps on the distance to the teacher from ``alpha``, each on a fresh batch of the most telling states."""
-        descent = SimplexDescent(alpha, steps, rate)
+        Each is a random projection v of one state's residual, linearised at ``token``: (v J) w = (v J) token - v r.
+        """
+        rows: list[Tensor] = []
+        values: list[Tensor] = []
+        while len(rows) * self.settings.batch < self.settings.rows:
+            batch = states[self._draw(states, self.settings.batch)]
+            slots = {name: row.to(torch.float32).expand(len(batch), 1, -1).clone().requires_grad_() for name, row in token.items()}
+            signs = (torch.randint(2, batch.x.shape, generator=self.generator) * 2.0 - 1).to(batch.x.device)
+            with torch.enable_grad():
+                x0 = self.model.denoise(batch.x, batch.sigma, self.model.text.encode([fill(self.mixture.template, [slots])]))
+                residual = ((x0 - batch.teacher) / batch.sigma.view(-1, 1, 1, 1) * signs).flatten(1).sum(1)
+            gradients = torch.autograd.grad(residual.sum(), list(slots.values()))
+            row = torch.cat([gradient[:, 0].cpu() for gradient in gradients], dim=1)
+            rows.append(row)
+            values.append(row @ torch.cat([t[0].detach().cpu().float() for t in token.values()]) - residual.detach().cpu())
+            self._report()
+        return torch.cat(rows), torch.cat(values)
+
+    def _judge(self, states: States, alphas: Tensor) -> Tensor:
+        """R2 of each row of alphas (n, words) on ``states``, (n,): n * len(states) evals."""
+        with torch.no_grad():
+            conditioning = self.mixture.encode(alphas)
+            scores = []
+            for index in range(len(alphas)):
+                scores.append(_ratio(distances(self.model, states, conditioning.map(lambda t, i=index: t[i : i + 1])), states))
+                self._report(metrics={"r2": scores[-1]})
+        return torch.tensor(scores)
+
+    def _refine(self, fitted: States, judged: States, alpha: Tensor, rounds: int = 2) -> Tensor:
+        """Gauss-Newton steps on the weights of the words in ``alpha``, with secants of the model as Jacobian and a line search."""
+        support = alpha.nonzero()[:, 0]
+        if len(support) < 2:
+            return alpha
+        for round_ in range(rounds):
+            states = fitted[self._draw(fitted, self.settings.refined)]
+            bump = 0.1 / (1 + 3 * round_)
+            probes = torch.cat([alpha[None], alpha + bump * torch.eye(len(alpha))[support]])
+            with torch.no_grad():
+                conditioning = self.mixture.encode(probes)
+                noise = torch.stack([self._noise(states, conditioning.map(lambda t, i=i: t[i : i + 1])) for i in range(len(probes))])
+            # predictions do not change with the scale of alpha, so J alpha = 0 and the sum is fixed by an equation of its own
+            jacobian = ((noise[1:] - noise[0]) / bump).T.double()
+            target = -noise[0].double()
+            gauge = jacobian.norm() / len(support) ** 0.5
+            system = torch.cat([jacobian, gauge.expand(1, len(support))])
+            solution = small_nnls(system, torch.cat([target, gauge[None]])).float()
+            if not float(solution.sum()) > 0:
+                return alpha
+            step = torch.zeros_like(alpha)
+            step[support] = solution / solution.sum()
+            lines = torch.stack([alpha, *(alpha + t * (step - alpha) for t in (1.0, 0.5, 0.25))])
+            alpha = lines[int(self._judge(judged, lines).argmax())]
+        return alpha
+
+    def _noise(self, states: States, conditioning: Conditioning) -> Tensor:
+        """What the predicted noise differs from the teacher's by (up to sign), for all states in one CPU vector."""
+        x0 = self.model.denoise(states.x, states.sigma, conditioning)
+        return ((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1)).flatten().cpu()
+
+    def _descend(self, states: States, alpha: Tensor) -> Tensor:
+        """Gradient steps on the distance to the teacher over all candidates, each on a fresh batch of the most telling states."""
+        descent = SimplexDescent(alpha, self.settings.descent)
         scale = float(states.gap.mean())
-        weight = 0.8 * states.gap.cpu() / float(states.gap.sum()) + 0.2 / len(states)
-        for _ in range(steps):
-            rows = torch.multinomial(weight, min(self.settings.batch, len(states)), generator=self.generator)
-            batch = states[rows.to(states.x.device)]
+        for _ in range(self.settings.descent):
+            batch = states[self._draw(states, self.settings.batch)]
             alpha = descent.alpha.requires_grad_()
             with torch.enable_grad():
-                x0 = self.model.denoise(batch.x, batch.sigma, mixture.encode(alpha[None]))
+                x0 = self.model.denoise(batch.x, batch.sigma, self.mixture.encode(alpha[None]))
                 loss = batch.distance(x0).mean() / scale
             descent.step(torch.autograd.grad(loss, alpha)[0].cpu())
             self._report(metrics={"loss": float(loss.detach())})
         return descent.alpha
 
-    def _truncate(self, states: States, mixture: Mixture, alpha: Tensor, words: int) -> tuple[Mixture, Tensor]:
-        """The strongest words, at most ``words`` and no more than keep R2 within 0.01 of that many, refitted."""
-        kept = alpha.topk(min(words, int((alpha > 0).sum()))).indices
-        mixture, alpha = mixture.choose(kept), alpha[kept] / alpha[kept].sum()
-        alpha = self._fit(mixture, states, alpha, self.settings.refit, 0.03)
-        order = alpha.argsort(descending=True)
-        mixture, alpha = mixture.choose(order), alpha[order]
-        enough = self._r2(states, mixture, alpha) - 0.01
-        count = next(
-            (k for k in range(1, len(alpha)) if self._r2(states, mixture.choose(torch.arange(k)), alpha[:k]) >= enough), len(alpha)
-        )
-        return mixture.choose(torch.arange(count)), alpha[:count] / alpha[:count].sum()
+    def _fewest(self, judged: States, alpha: Tensor) -> Tensor:
+        """The strongest of the words, no more than keep R2 within 0.01 of all of them."""
+        counts = range(1, int((alpha > 0).sum()) + 1)
+        nested = torch.stack([_strongest(alpha, k) for k in counts])
+        scores = self._judge(judged, nested)
+        return nested[int((scores >= scores[-1] - 0.01).nonzero()[0, 0])]
 
-    def _importance(self, states: States, mixture: Mixture, alpha: Tensor, r2: float) -> Iterator[float]:
-        for index in range(len(alpha)):
+    def _importance(self, states: States, alpha: Tensor, order: Tensor, r2: float) -> Iterator[float]:
+        for index in order.tolist():
             without = alpha.clone()
             without[index] = 0
-            conditioning = mixture.encode(without[None]) if len(alpha) > 1 else self.empty
-            yield r2 - _ratio(distances(self.model, states, conditioning), states)
-            self._report()
+            yield r2 - (self._r2(states, without) if len(order) > 1 else 0.0)
 
-    def _r2(self, states: States, mixture: Mixture, alpha: Tensor) -> float:
-        with torch.no_grad():
-            return _ratio(distances(self.model, states, mixture.encode(alpha[None])), states)
+    def _r2(self, states: States, alpha: Tensor) -> float:
+        return float(self._judge(states, alpha[None])[0])
+
+
+def _strongest(alpha: Tensor, count: int) -> Tensor:
+    """alpha without all but its largest ``count`` entries, summing to 1."""
+    kept = torch.zeros_like(alpha)
+    largest = alpha.topk(min(count, len(alpha))).indices
+    kept[largest] = alpha[largest]
+    return kept / kept.sum()
 
 
 def _ratio(distance: Tensor, states: States) -> float:
