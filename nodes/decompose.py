@@ -97,7 +97,7 @@ class DecomposeConcept(io.ComfyNode):
             with torch.no_grad():
                 conditioning = graph_conditioning(found.apply(host.text))
         text = found.summary()
-        send_text(node, text)
+        send_text(node, text.splitlines()[0])
         chart = share_bars(
             found.words,
             found.shares,
