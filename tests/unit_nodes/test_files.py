@@ -1,0 +1,50 @@
+"""What ComfyUI serves for the nodes is complete; without ComfyUI, from the sources alone."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+
+import pytest
+
+
+def node_ids(root):
+    sources = [path.read_text("utf-8") for path in (root / "nodes").glob("*.py")]
+    return {name for source in sources for name in re.findall(r'node_id="(\w+)"', source)}
+
+
+def test_every_node_has_a_help_page_and_texts_and_the_packs_prefix(root):
+    ids = node_ids(root)
+    assert ids
+    assert all(name.startswith("ConceptKit") for name in ids)
+    assert {path.stem for path in (root / "web" / "docs").glob("*.md")} == ids
+    assert json.loads((root / "locales" / "en" / "nodeDefs.json").read_text("utf-8")).keys() == ids
+
+
+def test_workflows_have_an_api_copy_and_keep_their_seeds(root):
+    workflows = sorted((root / "workflows").glob("*.json"))
+    assert workflows
+    for path in workflows:
+        copy = json.loads((root / "tests" / "comfy" / "api" / path.name).read_text("utf-8"))
+        nodes = {str(node["id"]): node for node in json.loads(path.read_text("utf-8"))["nodes"] if node["type"] != "MarkdownNote"}
+        assert {name: node["class_type"] for name, node in copy.items()} == {name: node["type"] for name, node in nodes.items()}
+        assert not {"randomize", "increment", "decrement"} & {value for node in nodes.values() for value in node["widgets_values"] if value}
+
+
+@pytest.mark.parametrize("name", ["__init__", "decompose", "demo_model"])
+def test_listing_a_node_imports_nothing_that_comfyui_has_not_loaded(root, name):
+    """Start-up pays for these modules; the core, its charts and the model's insides are imported when a node runs."""
+    tree = ast.parse((root / "nodes" / f"{name}.py").read_text("utf-8"))
+    checking = {id(node) for branch in tree.body if isinstance(branch, ast.If) for node in ast.walk(branch)}
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in checking]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    names |= {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
+    allowed = {"__future__", "pathlib", "re", "typing", "comfy_api.latest", "torch", "folder_paths", ".decompose", ".demo_model"}
+    allowed |= {"comfy.latent_formats", "comfy.sd1_clip", "comfy.supported_models", "comfy.supported_models_base"}
+    assert names <= allowed
+
+
+def test_v3_alone(root):
+    """A module that also defines the old mappings would have its entry point ignored."""
+    assert not any("NODE_CLASS_MAPPINGS" in path.read_text("utf-8") for path in [root / "__init__.py", *(root / "nodes").glob("*.py")])
