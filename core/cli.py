@@ -64,7 +64,7 @@ class _Bar:
     def __init__(self, label: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(desc=label, file=sys.stderr, leave=False)
+        self._bar = tqdm(desc=label, file=sys.stderr, leave=False, disable=None)
 
     def __call__(self, step: int, total: int, metrics: Mapping[str, float], /) -> None:
         self._bar.total = total
@@ -112,6 +112,12 @@ def decompose(
     model: ModelOption = "demo",
     template: Annotated[str, typer.Option(help="The prompt around the concept, with {} in its place.")] = "a photo of a {}",
     words: Annotated[int, typer.Option(min=1, help="At most so many words.")] = 5,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text file of words to choose from. By default the demo model's own words, else the nearest in the vocabulary."
+        ),
+    ] = None,
     seeds: PicturesOption = 6,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the decomposition.")] = 0,
     steps: StepsOption = 20,
@@ -120,7 +126,8 @@ def decompose(
     device: DeviceOption = "cpu",
 ) -> None:
     """Find the few vocabulary words a concept is made of: a chart, the numbers, and pictures of the concept beside its words'."""
-    _decompose(_load(model, device), concept, out, template, words, seed, range(seeds), steps, guidance, size)
+    pool = candidates.read_text("utf-8").split() if candidates else _own_words(model)
+    _decompose(_load(model, device), concept, out, pool, template, words, seed, range(seeds), steps, guidance, size)
 
 
 @app.command()
@@ -148,7 +155,7 @@ def demo(out: OutOption = Path("demo")) -> None:
 
     start = time.perf_counter()
     loaded, shapes = _load("demo", "cpu"), shapes_world()
-    found = {concept: _decompose(loaded, concept, out / concept) for concept in DEMO_CONCEPTS}
+    found = {concept: _decompose(loaded, concept, out / concept, list(shapes.words)) for concept in DEMO_CONCEPTS}
     typer.echo("")
     for concept, result in found.items():
         typer.echo(_beside(shapes, concept, result))
@@ -159,6 +166,7 @@ def _decompose(
     model: Model,
     concept: str,
     out: Path,
+    candidates: Sequence[str] | None,
     template: str = "a photo of a {}",
     words: int = 5,
     seed: int = 0,
@@ -178,6 +186,7 @@ def _decompose(
             concept,
             template=template,
             words=words,
+            candidates=candidates,
             seed=seed,
             height=side,
             width=side,
@@ -203,6 +212,15 @@ def _decompose(
     typer.echo(result.summary())
     typer.echo(f"{out}: chart, numbers and pictures; decomposed in {seconds:.0f} s")
     return result
+
+
+def _own_words(source: str) -> list[str] | None:
+    """The words the demo model knows: most of CLIP's vocabulary stands in its table untrained. None for other models."""
+    if source != "demo" and not Path(source).is_file():
+        return None
+    from .demo.world import shapes_world
+
+    return list(shapes_world().words)
 
 
 def _load(source: str, device: str) -> Model:

@@ -355,7 +355,7 @@ def _load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
         kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
         if parts["vae"] not in kinds:
             raise UnsupportedModel(f"{path.name} has an autoencoder of kind {parts['vae']}: supported are {' and '.join(kinds)}")
-        vae = _component(kinds[parts["vae"]], path / "vae")
+        vae = _component(kinds[parts["vae"]], path / "vae", torch_dtype=torch.float32)
     family: Family = "sdxl" if len(texts) == 2 else "sd2" if unet_config.get("use_linear_projection") else "sd1"
     scheduler = _json(path / "scheduler" / "scheduler_config.json", "fetch the pipeline again")
     unet = _component(UNet2DConditionModel, path / "unet", torch_dtype=dtype)
@@ -526,7 +526,10 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _frozen(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    return module.to(device, dtype).eval().requires_grad_(False)
+    module = module.to(device)
+    if next(module.parameters()).dtype != dtype:  # diffusers warns about any cast, even to what is there
+        module = module.to(dtype)
+    return module.eval().requires_grad_(False)
 
 
 def _downscale(config: Any) -> int:

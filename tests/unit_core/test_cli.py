@@ -55,21 +55,27 @@ def test_sample(run: Run, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = decompose.Settings(pictures=1, heldout=1, steps=2, descent=2, refit=1, batch=2, survivors=3, attempts=1)
+    quick = decompose.Settings(pictures=1, heldout=1, steps=2, rounds=1, rows=4, judged=2, refined=2, descent=1, batch=2)
     whole = decompose.decompose_concept
     monkeypatch.setattr(
         decompose, "decompose_concept", lambda *given, **options: whole(*given, **options | {"settings": quick, "limit": 8})
     )
     common = ("--model", checkpoint, "--size", 64, "--steps", 2, "--seeds", 1)
-    assert run("decompose", "bird", *common, "--words", 2, "--out", tmp_path) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"chart.png", "decomposition.json", "pictures.png"}
-    numbers = json.loads((tmp_path / "decomposition.json").read_text("utf-8"))
+    out, pool = tmp_path / "out", tmp_path / "pool.txt"
+    pool.write_text("red\ngreen raven robin finch\n", "utf-8")
+    assert run("decompose", "bird", *common, "--words", 2, "--candidates", pool, "--out", out) == 0
+    assert {path.name for path in out.iterdir()} == {"chart.png", "decomposition.json", "pictures.png"}
+    numbers = json.loads((out / "decomposition.json").read_text("utf-8"))
+    assert {word["word"] for word in numbers["words"]} <= set(pool.read_text("utf-8").split())
     assert numbers["concept"] == "bird" and 1 <= len(numbers["words"]) <= 2
     assert sum(word["share"] for word in numbers["words"]) == pytest.approx(1)
     assert numbers["evals"] > numbers["calls"] > 0
     assert f"{numbers['words'][0]['word']}: share" in capsys.readouterr().out
     assert run("decompose", "bird", *common, "--template", "a photo", "--out", tmp_path) == 1
     assert "must contain {} once" in capsys.readouterr().err
+    pool.write_text("red zzqqzz", "utf-8")
+    assert run("decompose", "bird", *common, "--candidates", pool, "--out", tmp_path) == 1
+    assert "zzqqzz" in capsys.readouterr().err
 
 
 def test_world(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
