@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -183,9 +184,7 @@ class Model:
         sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(batch)
         conditioning = conditioning.expand(batch)
         backward = torch.is_grad_enabled() and (
-            x.requires_grad
-            or conditioning.context.requires_grad
-            or (conditioning.pooled is not None and conditioning.pooled.requires_grad)
+            x.requires_grad or conditioning.context.requires_grad or (conditioning.pooled is not None and conditioning.pooled.requires_grad)
         )
         self.before_call()
         try:
@@ -206,8 +205,5 @@ class Model:
             return denoised
         half = batch // 2
         return torch.cat(
-            [
-                self.denoise(x[part], sigmas[part], conditioning.map(lambda t, part=part: t[part]))
-                for part in (slice(None, half), slice(half, None))
-            ]
+            [self.denoise(x[part], sigmas[part], conditioning.map(itemgetter(part))) for part in (slice(None, half), slice(half, None))]
         )

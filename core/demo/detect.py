@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ _OTHER = 0.10
 """Distance to the nearest rendered kind above which a thing is "other"; renders stay below half of it."""
 _MARK_CORNER = 113
 
-Array = NDArray[np.float32]
+Array: TypeAlias = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)

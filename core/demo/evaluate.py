@@ -22,7 +22,8 @@ from . import detect, render
 from .detect import Reading
 from .world import World, shapes_world
 
-STEPS, GUIDANCE, SAMPLER = 20, 3.0, "dpmpp_2m"
+STEPS, GUIDANCE = 20, 3.0
+SAMPLER: Sampler = "dpmpp_2m"
 """The demo's default sampling."""
 NEGATIVE = ""
 

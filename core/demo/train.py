@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ class Run:
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate()
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimiser.step()
         self.step += 1
@@ -233,6 +234,14 @@ class Run:
                 )
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initial weights from ``seed``, the global random state left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 class Smoothed:
     """A running mean for the log."""
 
@@ -257,9 +266,10 @@ def train_diffusion(
     pairs: Pairs, tokens: int, path: Path, *, steps: int, batch: int, learning_rate: float, seed: int, device: torch.device
 ) -> Run:
     """UNet, text encoder and scorer together: noise prediction (min-SNR weighted, gamma 5, Hang et al. 2023) and the contrastive loss."""
-    torch.manual_seed(seed)
-    modules = nn.ModuleDict({"unet": architecture.build_unet(), "text": TextSide(tokens), "scorer": architecture.build_scorer()}).to(device)
-    modules["unet"].to(memory_format=torch.channels_last)
+    with _seeded(seed):
+        unet, text, scorer = architecture.build_unet(), TextSide(tokens), architecture.build_scorer()
+    modules = nn.ModuleDict({"unet": unet, "text": text, "scorer": scorer}).to(device)
+    unet.to(memory_format=torch.channels_last)
     run = Run(path, modules, learning_rate, steps)
     alphas = DDPMScheduler(**architecture.SCHEDULE).alphas_cumprod.to(device)
     weight = (alphas / (1 - alphas)).clamp(max=5) / (alphas / (1 - alphas))
@@ -270,13 +280,11 @@ def train_diffusion(
         time_index = torch.randint(len(alphas), (batch,), generator=generator).to(device)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         a = alphas[time_index][:, None, None, None]
-        states, pooled = modules["text"](captions)
-        predicted = modules["unet"](a.sqrt() * latents + (1 - a).sqrt() * noise, time_index, states).sample
+        states, pooled = text(captions)
+        predicted = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, time_index, states).sample
         error = (predicted - noise).square().mean((1, 2, 3))
         denoising = (weight[time_index] * error).mean()
-        matching = contrastive(
-            modules["scorer"].pictures(thumbnails), modules["scorer"].texts(pooled), modules["scorer"].log_scale, captions
-        )
+        matching = contrastive(scorer.pictures(thumbnails), scorer.texts(pooled), scorer.log_scale, captions)
         run.update(denoising + 0.02 * matching)
         noise_loss.add(float(error.detach().mean()))
         pair_loss.add(float(matching.detach()))
@@ -287,7 +295,6 @@ def train_diffusion(
 
 def train_scorer(pairs: Pairs, diffusion: Path, tokens: int, path: Path, *, steps: int, batch: int, seed: int, device: torch.device) -> Run:
     """The scorer alone against the finished text encoder."""
-    torch.manual_seed(seed)
     average = torch.load(diffusion, weights_only=True, map_location=device)["average"]
     text = TextSide(tokens).to(device).requires_grad_(False)
     text.load_state_dict(_part(average, "text."))
@@ -315,8 +322,9 @@ def train_autoencoder(
 
     The decoder sees codes with a little noise, as a sampler leaves behind.
     """
-    torch.manual_seed(seed)
-    model = architecture.build_autoencoder().to(device, memory_format=torch.channels_last)
+    with _seeded(seed):
+        model = architecture.build_autoencoder()
+    model.to(device, memory_format=torch.channels_last)
     run = Run(path, nn.ModuleDict({"autoencoder": model}), learning_rate, steps, ema_decay=0.995)
     code_error, picture_error = Smoothed(), Smoothed()
     pool: Tensor | None = None
