@@ -140,7 +140,7 @@ def world(
 
     shapes = shapes_world()
     pictures, _ = contact_sheet(shapes, seed=seed, per_word=per_word)
-    labels = [f"{word.text} ({word.role}) {_make_up(word)}" for word in shapes.words.values()]
+    labels = [f"{word.text} ({word.role}): {_make_up(word)}".removesuffix(": ") for word in shapes.words.values()]
     subtitle = "rendered, not generated; beside each word its role and what it is made of"
     chart.save(out / "world.png", chart.picture_grid([list(row) for row in pictures], labels, title="The Shapes world", subtitle=subtitle))
     for label in labels:
@@ -294,9 +294,10 @@ def _numbers(result: Decomposition) -> dict[str, Any]:
 
 
 def _make_up(word: Word) -> str:
-    """What a word of the demo's world is made of, shares first, strongest first."""
+    """What a word of the demo's world is made of beside itself, strongest first; nothing for a word that means itself."""
     parts = sorted(word.make_up, key=lambda part: -part[0])
-    return ", ".join(f"{share:.0%} " * (len(parts) > 1) + " + ".join(dict.fromkeys(spec.values())) for share, spec in parts)
+    described = [" + ".join(dict.fromkeys(value for value in spec.values() if value != word.text)) for _, spec in parts]
+    return ", ".join(f"{share:.0%} " * (len(parts) > 1) + text for (share, _), text in zip(parts, described, strict=True))
 
 
 def _beside(world: World, concept: str, result: Decomposition) -> str:
