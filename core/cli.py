@@ -126,7 +126,7 @@ def decompose(
     device: DeviceOption = "cpu",
 ) -> None:
     """Find the few vocabulary words a concept is made of: a chart, the numbers, and pictures of the concept beside its words'."""
-    pool = candidates.read_text("utf-8").split() if candidates else _own_words(model)
+    pool = candidates.read_text("utf-8").split() if candidates else None
     _decompose(_load(model, device), concept, out, pool, template, words, seed, range(seeds), steps, guidance, size)
 
 
@@ -155,7 +155,7 @@ def demo(out: OutOption = Path("demo")) -> None:
 
     start = time.perf_counter()
     loaded, shapes = _load("demo", "cpu"), shapes_world()
-    found = {concept: _decompose(loaded, concept, out / concept, list(shapes.words)) for concept in DEMO_CONCEPTS}
+    found = {concept: _decompose(loaded, concept, out / concept) for concept in DEMO_CONCEPTS}
     typer.echo("")
     for concept, result in found.items():
         typer.echo(_beside(shapes, concept, result))
@@ -166,7 +166,7 @@ def _decompose(
     model: Model,
     concept: str,
     out: Path,
-    candidates: Sequence[str] | None,
+    candidates: Sequence[str] | None = None,
     template: str = "a photo of a {}",
     words: int = 5,
     seed: int = 0,
@@ -212,15 +212,6 @@ def _decompose(
     typer.echo(result.summary())
     typer.echo(f"{out}: chart, numbers and pictures; decomposed in {seconds:.0f} s")
     return result
-
-
-def _own_words(source: str) -> list[str] | None:
-    """The words the demo model knows: most of CLIP's vocabulary stands in its table untrained. None for other models."""
-    if source != "demo" and not Path(source).is_file():
-        return None
-    from .demo.world import shapes_world
-
-    return list(shapes_world().words)
 
 
 def _load(source: str, device: str) -> Model:

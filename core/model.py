@@ -172,6 +172,8 @@ class Model:
     scorer: ImageScorer | None = None
     before_call: Callable[[], None] = field(default=lambda: None)
     """Runs before every denoiser call; raising from it cancels (a host's interrupt check)."""
+    words: tuple[str, ...] | None = None
+    """The words it was trained on, where its vocabulary is known to hold untrained ones (the demo model); None otherwise."""
     meter: Meter = field(default_factory=Meter)
 
     def denoise(self, x: Tensor, sigma: Tensor | float, conditioning: Conditioning) -> Tensor:

@@ -17,11 +17,12 @@ import comfy.model_sampling
 import comfy.sd1_clip
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..core.model import Conditioning, Family, ImageScorer, Model, Prompt, UnsupportedModel
 from ..core.progress import OnStep
@@ -56,10 +57,9 @@ def graph_model(model: ModelPatcher, clip: CLIP, vae: VAE | None = None, scorer:
         resident = _Resident(patcher, text.patcher, family)
         resident.load()
         patcher.pre_run()
-        for layer in text.cond_stage_model.modules():
-            if isinstance(layer, comfy.clip_model.CLIPLayer) and "forward" not in vars(layer):
-                layer.forward = _out_of_place(layer)
-                stack.callback(delattr, layer, "forward")
+        _override(stack, text.cond_stage_model, comfy.clip_model.CLIPLayer, _out_of_place)
+        if _casts(patcher):
+            _override(stack, patcher.model.diffusion_model, BasicTransformerBlock, _recomputed)
         yield Model(
             family=family,
             name=type(model.model.model_config).__name__,
@@ -68,6 +68,7 @@ def graph_model(model: ModelPatcher, clip: CLIP, vae: VAE | None = None, scorer:
             autoencoder=None if vae is None else GraphAutoencoder(vae, patcher),
             scorer=scorer,
             before_call=management.throw_exception_if_processing_interrupted,
+            words=getattr(text.cond_stage_model, "trained_words", None),
         )
 
 
@@ -388,6 +389,34 @@ def _on_the_same_memory(tensor: Tensor) -> Tensor:
     """An ordinary tensor with the memory of an inference tensor; nothing is copied."""
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _override(stack: ExitStack, module: torch.nn.Module, kind: type, make: Callable[[Any], Callable[..., Tensor]]) -> None:
+    """Give the layers of a kind another forward for the length of ``stack``; those that another pack overrode keep theirs."""
+    for layer in module.modules():
+        if isinstance(layer, kind) and "forward" not in vars(layer):
+            layer.forward = make(layer)
+            stack.callback(delattr, layer, "forward")
+
+
+def _casts(patcher: ModelPatcher) -> bool:
+    """Whether weights are cast or fetched anew at every call: autograd would keep all those copies at once."""
+    base = patcher.model
+    return bool(base.model_lowvram) or base.get_dtype() != base.get_dtype_inference()
+
+
+def _recomputed(block: BasicTransformerBlock) -> Callable[..., Tensor]:
+    """The block's forward, run again for the gradient instead of being remembered."""
+    inner = block.forward
+
+    def forward(x: Tensor, context: Tensor | None = None, transformer_options: Mapping[str, Any] | None = None) -> Tensor:
+        # A copy: the next block writes its own number into the options before this one is run again.
+        options = dict(transformer_options or {})
+        if not torch.is_grad_enabled():
+            return inner(x, context=context, transformer_options=options)
+        return checkpoint(inner, x, context=context, transformer_options=options, use_reentrant=False)
+
+    return forward
 
 
 def _out_of_place(layer: comfy.clip_model.CLIPLayer) -> Callable[..., Tensor]:

@@ -52,6 +52,13 @@ class _Text(comfy.sd1_clip.SDClipModel):
 class ShapesClip(comfy.sd1_clip.SD1ClipModel):
     """The demo model's text encoder."""
 
+    @property
+    def trained_words(self) -> tuple[str, ...]:
+        """The words it was trained on; the other rows of its token table are random."""
+        from ..core.demo.world import shapes_world
+
+        return tuple(shapes_world().words)
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(clip_model=_Text, **kwargs)
 

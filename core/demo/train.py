@@ -396,6 +396,7 @@ def export(world: World, runs: Path, target: Path, card: Mapping[str, Any]) -> N
         "scheduler": architecture.SCHEDULE,
         "scorer": {"width": architecture.WIDTH},
         "world": world.name,
+        "words": list(world.words),
         **card,
     }
     from ..artifact import write

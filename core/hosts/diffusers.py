@@ -317,6 +317,8 @@ def _load_single(path: Path, name: str, device: torch.device, dtype: torch.dtype
     except _load_errors() as error:
         raise ValueError(f"the weights in {path.name} do not fit its header ({_first_line(error)}): fetch or export it again") from error
     model = _assemble("sd1", name, _tokenizer(DEMO), [text], unet, vae, header.get("scheduler", SCHEDULE), device, dtype)
+    if "words" in header:
+        model = replace(model, words=tuple(header["words"]))
     if scorer is None or not isinstance(model.text, DiffusersText):
         return model
     return replace(model, scorer=JointScorer(_frozen(scorer, device, torch.float32), model.text.pooled))
