@@ -18,29 +18,37 @@ from ..progress import OnStep, silent
 from ..vocabulary import candidates as choose_candidates
 from ..vocabulary import embeddings, is_known
 from .mixture import Mixture, SimplexDescent
-from .result import RELIABLE_R2, Attempt, Decomposition, Fidelity, LevelR2, fill, mix, split_template
-from .sparse import proposals, small_nnls
+from .result import RELIABLE_R2, Attempt, Decomposition, Fidelity, LevelR2, fill, split_template
+from .sparse import proposals, small_nnls, sparse_solutions
 from .states import States, distances, harvest
 
 logger = logging.getLogger(__name__)
+
+
+ENOUGH = 0.95
+"""R2 on the judged states at which no further search is made."""
+_SECANT_PENALTIES = (0.3, 0.1, 0.03, 0.01)
 
 
 @dataclass(frozen=True)
 class Settings:
     """How much is spent, in states and samples.
 
-    pictures, heldout: sampled for the fit and for measuring; steps, guidance: the sampler's. rounds: linearisations, each of ``rows``
-    random projections (3 evals each). judged: states by which proposals are compared. refined: states of a Gauss-Newton step on the
-    chosen words. descent: gradient steps of ``batch`` states, taken only where everything else explains the concept poorly.
+    pictures, heldout: sampled for the fit and for measuring; steps, guidance: the sampler's. judged: states by which proposals are
+    compared. rows: random projections of the linearisation at the concept (3 evals each). pursuits: searches along secants, each of
+    ``screened`` words at ``probed`` states. refined: states of a Gauss-Newton step on the chosen words. descent: gradient steps of
+    ``batch`` states, taken only where everything else explains the concept poorly.
     """
 
     pictures: int = 4
     heldout: int = 2
     steps: int = 12
     guidance: float = 4.0
-    rounds: int = 2
-    rows: int = 96
     judged: int = 8
+    rows: int = 96
+    pursuits: int = 3
+    screened: int = 40
+    probed: int = 4
     refined: int = 6
     descent: int = 60
     batch: int = 8
@@ -64,9 +72,9 @@ def decompose_concept(
 ) -> Decomposition:
     """Take ``concept`` (a word, a phrase, or a learnt token as a slot) apart into at most ``words`` weighted vocabulary words.
 
-    candidates: the words to choose from, else the ``limit`` whole words nearest to the concept; the concept itself and its near-copies
-    are left out unless ``keep_concept``. height, width: of the pictures sampled, in pixels. ``on_step`` counts evals. Deterministic:
-    all randomness comes from ``seed``. The base model is only read.
+    candidates: the words to choose from, else the model's own ``words``, else the ``limit`` whole words nearest to the concept; the concept
+    itself and its near-copies are left out unless ``keep_concept``. height, width: of the pictures sampled, in pixels. ``on_step`` counts
+    evals. Deterministic: all randomness comes from ``seed``. The base model is only read.
 
     Look at ``r2`` before believing the words: it is measured on pictures that the fit did not see.
 
@@ -82,7 +90,8 @@ def decompose_concept(
     name = concept.strip() if isinstance(concept, str) else None
     if name is not None:
         _check_concept(model, name)
-    pool = choose_candidates(model.text, name, limit=limit, words=candidates, exclude=exclude, keep_concept=keep_concept)
+    listed = model.words if candidates is None else candidates
+    pool = choose_candidates(model.text, name, limit=limit, words=listed, exclude=exclude, keep_concept=keep_concept)
     with torch.no_grad():
         teacher: Prompt = fill(template, name if isinstance(concept, str) and name is not None else [concept])
         target, empty = model.text.encode([teacher]).detach(), model.text.encode([""]).detach()
@@ -127,7 +136,8 @@ class _Fit:
         self.evals, self.calls = model.meter.evals, model.meter.calls
         self.generator = torch.Generator().manual_seed(seed)
         pictures = settings.pictures + settings.heldout
-        self._planned = 2 * pictures * settings.steps + settings.rounds * (3 * settings.rows + 12 * settings.judged) + 30 * settings.refined
+        pursuit = 3 * settings.judged + settings.probed * (settings.screened + 6) + 16 * settings.judged
+        self._planned = 2 * pictures * settings.steps + 3 * settings.rows + settings.pursuits * pursuit + 60 * settings.refined
 
     def run(self, concept: str, words: int, height: int, width: int) -> Decomposition:
         options = self.settings
@@ -163,7 +173,7 @@ class _Fit:
         assert best is not None
         every, alpha = best
         attempts = [Attempt(a.start, a.r2, kept=a.r2 == every) for a in attempts]
-        alpha = self._fewest(judged, alpha)
+        alpha = self._fewest(fitted, judged, alpha)
         per_state = distances(self.model, heldout, self.mixture.encode(alpha[None]))
         order = alpha.argsort(descending=True)[: int((alpha > 0).sum())]
         importance = tuple(self._importance(heldout, alpha, order, _ratio(per_state, heldout)))
@@ -204,32 +214,80 @@ class _Fit:
         return torch.multinomial(weight, min(count, len(gap)), generator=self.generator).to(states.x.device)
 
     def _solutions(self, fitted: States, judged: States, count: int) -> Iterator[tuple[str, Tensor]]:
-        """Weights of at most ``count`` words by one way after another, each dearer than the last."""
-        alpha = self._linearised(fitted, judged, count)
-        yield "linearised", alpha
+        """Weights of at most ``count`` words, by one way after another for as long as the caller is not content."""
+        best, reached = self._linearised(fitted, judged, count)
         even = torch.full((len(self.mixture),), 1 / len(self.mixture))
+        alpha, method = even, "linearised"
+        for _ in range(self.settings.pursuits):
+            if reached >= ENOUGH:
+                break
+            alpha, score = self._pursue(fitted, judged, alpha, count)
+            if score > reached:
+                best, reached, method = alpha, score, "secants"
+        yield method, self._refine(fitted, judged, best)
         yield "descent", self._refine(fitted, judged, _strongest(self._descend(fitted, even), count))
 
-    def _linearised(self, fitted: States, judged: States, count: int) -> Tensor:
-        """Sparse solutions of the model's linearisation at the concept, then at the best of them, refined on the model itself."""
-        token = self.own if self.own is not None else self._nearest_token()
-        best, reached = None, -torch.inf
-        for _ in range(self.settings.rounds):
-            rows, values = self._rows(fitted, token)
-            options = proposals(rows, values, torch.cat([e.cpu() for e in self.mixture.embeddings.values()], dim=1), count)
-            scores = self._judge(judged, torch.stack(options))
-            top = int(scores.argmax())
-            if best is None or float(scores[top]) > reached:
-                best, reached = options[top], float(scores[top])
-            refined = self._refine(fitted, judged, best)
-            score = float(self._judge(judged, refined[None])[0])
-            if score > reached:
-                best, reached = refined, score
-            if reached > 0.98:
-                break
-            token = {name: row[0] for name, row in mix(self.mixture.embeddings, self.mixture.norms, best[None]).items()}
-        assert best is not None
-        return best
+    def _linearised(self, fitted: States, judged: States, count: int) -> tuple[Tensor, float]:
+        """The best sparse solution of the model's linearisation at the concept's own token, and its R2.
+
+        Exact where the concept is a mixture of few words, for then the equations hold however far off the words are.
+        """
+        rows, values = self._rows(fitted, self.own if self.own is not None else self._nearest_token())
+        options = torch.stack(proposals(rows, values, torch.cat([e.cpu() for e in self.mixture.embeddings.values()], dim=1), count))
+        scores = self._judge(judged, options)
+        best = options[int(scores.argmax())]
+        if float(scores.max()) < ENOUGH:
+            best = self._refine(fitted, judged, best, rounds=1)
+        return best, float(self._judge(judged, best[None])[0])
+
+    def _pursue(self, fitted: States, judged: States, alpha: Tensor, count: int) -> tuple[Tensor, float]:
+        """The best sparse solution of what the model shows half-way from ``alpha`` to each of the promising words, and its R2.
+
+        Secants this long see past the curvature that makes a gradient misleading: they ask what a word does to the picture.
+        """
+        present = _strongest(alpha, count).nonzero()[:, 0]
+        support = torch.tensor(sorted({*self._promising(fitted, alpha).tolist(), *present.tolist()}))
+        states = fitted[self._draw(fitted, self.settings.probed)]
+        system, target = self._secants(states, alpha, support, 0.5)
+        reduced = torch.linalg.qr(system)
+        options = torch.zeros(0, len(alpha))
+        for solution in sparse_solutions(reduced.R, reduced.Q.T @ target, count, _SECANT_PENALTIES):
+            full = torch.zeros_like(alpha)
+            full[support] = solution
+            options = torch.cat([options, full[None], _strongest(0.5 * alpha + 0.5 * full, count)[None]])
+        if not len(options):
+            return _strongest(alpha, count), -torch.inf
+        best = self._refine(fitted, judged, options[int(self._judge(judged, options).argmax())], rounds=1)
+        return best, float(self._judge(judged, best[None])[0])
+
+    def _promising(self, fitted: States, alpha: Tensor) -> Tensor:
+        """The words towards which the loss falls fastest from ``alpha``, all of them if they are few."""
+        if len(alpha) <= self.settings.screened + self.settings.screened // 2:
+            return torch.arange(len(alpha))
+        batch = fitted[self._draw(fitted, self.settings.judged)]
+        variable = alpha.clone().requires_grad_()
+        with torch.enable_grad():
+            x0 = self.model.denoise(batch.x, batch.sigma, self.mixture.encode(variable[None]))
+            loss = batch.distance(x0).sum()
+        return torch.autograd.grad(loss, variable)[0].cpu().argsort()[: self.settings.screened]
+
+    def _secants(self, states: States, alpha: Tensor, support: Tensor, bump: float) -> tuple[Tensor, Tensor]:
+        """Equations system @ weights = target for the weights of ``support`` under which the model agrees with the teacher.
+
+        Columns are differences of the model between alpha + bump * word and alpha. Predictions do not change with the scale of
+        alpha, so the differential of the prediction vanishes along alpha and the sum of the weights gets an equation of its own.
+        """
+        probes = torch.cat([alpha[None], alpha + bump * torch.eye(len(alpha))[support]])
+        with torch.no_grad():
+            conditioning = self.mixture.encode(probes)
+            noise = []
+            for index in range(len(probes)):
+                x0 = self.model.denoise(states.x, states.sigma, _row(conditioning, index))
+                noise.append(((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1)).flatten().cpu().double())
+                self._report()
+        jacobian = (torch.stack(noise[1:]) - noise[0]).T / bump
+        gauge = jacobian.norm() / len(support) ** 0.5
+        return torch.cat([jacobian, gauge.expand(1, len(support))]), torch.cat([-noise[0], gauge[None]])
 
     def _nearest_token(self, steps: int = 200) -> dict[str, Tensor]:
         """The free token whose conditioning is nearest to that of a concept of several tokens; costs no evals."""
@@ -271,7 +329,7 @@ class _Fit:
             conditioning = self.mixture.encode(alphas)
             scores = []
             for index in range(len(alphas)):
-                scores.append(_ratio(distances(self.model, states, conditioning.map(lambda t, i=index: t[i : i + 1])), states))
+                scores.append(_ratio(distances(self.model, states, _row(conditioning, index)), states))
                 self._report(metrics={"r2": scores[-1]})
         return torch.tensor(scores)
 
@@ -282,29 +340,14 @@ class _Fit:
             return alpha
         for round_ in range(rounds):
             states = fitted[self._draw(fitted, self.settings.refined)]
-            bump = 0.1 / (1 + 3 * round_)
-            probes = torch.cat([alpha[None], alpha + bump * torch.eye(len(alpha))[support]])
-            with torch.no_grad():
-                conditioning = self.mixture.encode(probes)
-                noise = torch.stack([self._noise(states, conditioning.map(lambda t, i=i: t[i : i + 1])) for i in range(len(probes))])
-            # predictions do not change with the scale of alpha, so J alpha = 0 and the sum is fixed by an equation of its own
-            jacobian = ((noise[1:] - noise[0]) / bump).T.double()
-            target = -noise[0].double()
-            gauge = jacobian.norm() / len(support) ** 0.5
-            system = torch.cat([jacobian, gauge.expand(1, len(support))])
-            solution = small_nnls(system, torch.cat([target, gauge[None]])).float()
+            solution = small_nnls(*self._secants(states, alpha, support, 0.1 / (1 + 3 * round_))).float()
             if not float(solution.sum()) > 0:
                 return alpha
-            step = torch.zeros_like(alpha)
-            step[support] = solution / solution.sum()
-            lines = torch.stack([alpha, *(alpha + t * (step - alpha) for t in (1.0, 0.5, 0.25))])
+            goal = torch.zeros_like(alpha)
+            goal[support] = solution / solution.sum()
+            lines = torch.stack([alpha, *(alpha + t * (goal - alpha) for t in (1.0, 0.5, 0.25))])
             alpha = lines[int(self._judge(judged, lines).argmax())]
         return alpha
-
-    def _noise(self, states: States, conditioning: Conditioning) -> Tensor:
-        """What the predicted noise differs from the teacher's by (up to sign), for all states in one CPU vector."""
-        x0 = self.model.denoise(states.x, states.sigma, conditioning)
-        return ((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1)).flatten().cpu()
 
     def _descend(self, states: States, alpha: Tensor) -> Tensor:
         """Gradient steps on the distance to the teacher over all candidates, each on a fresh batch of the most telling states."""
@@ -320,12 +363,16 @@ class _Fit:
             self._report(metrics={"loss": float(loss.detach())})
         return descent.alpha
 
-    def _fewest(self, judged: States, alpha: Tensor) -> Tensor:
-        """The strongest of the words, no more than keep R2 within 0.01 of all of them."""
+    def _fewest(self, fitted: States, judged: States, alpha: Tensor) -> Tensor:
+        """As few of the strongest words as leave half as much again unexplained as all of them do (or 0.2 %), refitted.
+
+        A fixed loss of R2 would drop true words where the words explain nearly everything, and keep idle ones where they do not.
+        """
         counts = range(1, int((alpha > 0).sum()) + 1)
         nested = torch.stack([_strongest(alpha, k) for k in counts])
-        scores = self._judge(judged, nested)
-        return nested[int((scores >= scores[-1] - 0.01).nonzero()[0, 0])]
+        missed = 1 - self._judge(judged, nested)
+        fewest = int((missed <= 1.5 * missed[-1].clamp_min(0) + 0.002).nonzero()[0, 0])
+        return self._refine(fitted, judged, nested[fewest], rounds=1) if fewest + 1 < len(counts) else alpha
 
     def _importance(self, states: States, alpha: Tensor, order: Tensor, r2: float) -> Iterator[float]:
         for index in order.tolist():
@@ -335,6 +382,10 @@ class _Fit:
 
     def _r2(self, states: States, alpha: Tensor) -> float:
         return float(self._judge(states, alpha[None])[0])
+
+
+def _row(conditioning: Conditioning, index: int) -> Conditioning:
+    return conditioning.map(lambda tensor: tensor[index : index + 1])
 
 
 def _strongest(alpha: Tensor, count: int) -> Tensor:

@@ -32,14 +32,22 @@ def proposals(rows: Tensor, values: Tensor, atoms: Tensor, count: int) -> list[T
     found: dict[tuple[int, ...], Tensor] = {}
     for tau in FILTERS:
         power = singular / (singular.square() + tau * singular.square().mean()).sqrt()
-        flat, wanted = power[:, None] * directions, power * target
-        for weights in _lasso_path(flat, wanted, PENALTIES):
-            support = exchange(flat, wanted, weights.topk(min(count, len(weights))).indices.tolist())
-            solution = torch.zeros(len(atoms), dtype=torch.double)
-            solution[support] = small_nnls(flat[:, support], wanted)
-            if float(solution.sum()) > 0:
-                found.setdefault(tuple(sorted(solution.nonzero()[:, 0].tolist())), (solution / solution.sum()).float())
+        for solution in sparse_solutions(power[:, None] * directions, power * target, count, PENALTIES):
+            found.setdefault(tuple(solution.nonzero()[:, 0].tolist()), solution)
     return list(found.values())
+
+
+def sparse_solutions(matrix: Tensor, target: Tensor, count: int, penalties: Sequence[float]) -> Iterator[Tensor]:
+    """Weights x >= 0 with sum 1 and at most ``count`` non-zeros, float32, along whose ray matrix @ x comes near ``target``.
+
+    One per l1 penalty: the largest weights of the lasso, after exchanging columns while that helps.
+    """
+    for weights in _lasso_path(matrix, target, penalties):
+        support = exchange(matrix, target, weights.topk(min(count, len(weights))).indices.tolist())
+        solution = torch.zeros(matrix.shape[1], dtype=torch.double)
+        solution[support] = small_nnls(matrix[:, support], target)
+        if float(solution.sum()) > 0:
+            yield (solution / solution.sum()).float()
 
 
 def _lasso_path(matrix: Tensor, target: Tensor, penalties: Sequence[float], steps: int = 400) -> Iterator[Tensor]:
@@ -68,7 +76,7 @@ def small_nnls(matrix: Tensor, target: Tensor, ridge: float = 1e-12) -> Tensor:
     gram = matrix.T @ matrix
     gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-300)
     moment = matrix.T @ target
-    x = torch.linalg.solve(gram, moment)
+    x: Tensor = torch.linalg.solve(gram, moment)
     if bool((x >= 0).all()):
         return x
     x = x.clamp_min(0)

@@ -1,0 +1,355 @@
+"""Decomposition on a small analytic world: a frozen random text transformer and an exact denoiser of a conditional mixture of Gaussians."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from conceptkit.core.decompose import Decomposition, Settings, decompose_concept
+from conceptkit.core.decompose.distilled import ENOUGH
+from conceptkit.core.decompose.mixture import Mixture, SimplexDescent
+from conceptkit.core.decompose.sparse import exchange, proposals, small_nnls
+from conceptkit.core.decompose.states import States, distances, harvest
+from conceptkit.core.model import Conditioning, Model, NonFinite, Slot
+from torch import Tensor
+from torch.nn.functional import normalize, softmax
+
+WIDTH, WORDS, TOKENS = 24, 60, 8
+NAMES = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(WORDS)]
+SMALL = Settings(pictures=3, heldout=1, steps=8, rows=64)
+
+
+class Text:
+    """Two frozen random attention layers over token embeddings; ``widths`` names the encoders."""
+
+    def __init__(self, names: Sequence[str] = ("l",)) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.vocabulary = {f"{word}</w>": index for index, word in enumerate(["a", "photo", "of", *NAMES])}
+        self.vocabulary |= dict.fromkeys("xyz?!", 0)
+        self.tables = {name: normalize(draw(WORDS + 3, WIDTH), dim=1) for name in names}
+        self.layers = [[draw(WIDTH, WIDTH) / WIDTH**0.5 for _ in range(4)] for _ in range(2)]
+        self.position = draw(TOKENS, WIDTH) * 0.06
+
+    def tokenize(self, text: str) -> list[int]:
+        pieces = [[f"{word}</w>"] if f"{word}</w>" in self.vocabulary else list(word) for word in text.lower().split()]
+        return [self.vocabulary.get(piece, 0) for word in pieces for piece in word]
+
+    def _encode(self, prompt: Sequence[str | Slot], name: str) -> Tensor:
+        parts = []
+        for piece in prompt:
+            rows = self.tables[name][self.tokenize(piece)] if isinstance(piece, str) else piece[name]
+            parts.append(rows if rows.ndim == 3 else rows[None])
+        batch = max(len(part) for part in parts)
+        h = torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+        h = torch.cat([h, h.new_zeros(batch, TOKENS - h.shape[1], WIDTH)], dim=1) + self.position
+        mask = torch.full((TOKENS, TOKENS), -math.inf).triu(1)
+        for query, key, value, expand in self.layers:
+            z = 4 * normalize(h, dim=-1)
+            h = h + softmax((z @ query) @ (z @ key).transpose(1, 2) / WIDTH**0.5 + mask, -1) @ (z @ value) / 3
+            h = h + torch.tanh(4 * normalize(h, dim=-1) @ expand) / 3
+        return h
+
+    def encode(self, prompts: Sequence[str | Sequence[str | Slot]]) -> Conditioning:
+        parts = [(p,) if isinstance(p, str) else p for p in prompts]
+        return Conditioning(torch.cat([torch.cat([self._encode(p, name) for p in parts]) for name in self.tables], dim=-1))
+
+
+class Denoiser:
+    """x0 given the last context row: 12 Gaussians whose weights and common shift depend on it; the posterior mean is exact."""
+
+    latent_channels, downscale, device = 2, 8, torch.device("cpu")
+    cells, scale = 4, 0.35
+
+    def __init__(self, text: Text, broken: bool = False) -> None:
+        generator = torch.Generator().manual_seed(1)
+        size, width = self.latent_channels * self.cells**2, WIDTH * len(text.tables)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        survival = torch.cumprod(1 - betas, 0)
+        self.training_sigmas = ((1 - survival) / survival).sqrt().float()
+        self.means = 0.6 * torch.randn(12, size, generator=generator)
+        self.logits = torch.randn(width, 12, generator=generator) * 2 / width**0.5
+        self.shift = torch.randn(width, size, generator=generator) / width**0.5
+        words = text.encode([f"a photo of a {word}" for word in NAMES[:20]]).context[:, -1]
+        self.centre, self.spread = words.mean(0), float(words.std())
+        # the empty prompt should look like an average word, not like something apart from all words
+        self.apart = normalize(text.encode([""]).context[0, -1] - self.centre, dim=0)
+        self.broken = broken
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        features = (conditioning.context[:, -1] - self.centre) / self.spread
+        features = features - (features @ self.apart)[:, None] * self.apart
+        means = self.means + (features @ self.shift)[:, None]
+        variance = self.scale**2 + sigma[:, None] ** 2
+        y = x.flatten(1)[:, None]
+        weight = softmax(torch.log_softmax(features @ self.logits, 1) - (y - means).square().sum(2) / (2 * variance), 1)
+        x0 = (weight[..., None] * (means + (self.scale**2 / variance)[..., None] * (y - means))).sum(1).view_as(x)
+        return x0 * math.nan if self.broken else x0
+
+
+def world(encoders: Sequence[str] = ("l",), before_call: Callable[[], None] = lambda: None, broken: bool = False) -> Model:
+    text = Text(encoders)
+    return Model("sd1", "analytic", text, Denoiser(text, broken), before_call=before_call)  # type: ignore[arg-type]
+
+
+def planted(model: Model, words: Sequence[str], weights: Sequence[float]) -> Slot:
+    ids = [model.text.vocabulary[f"{word}</w>"] for word in words]
+    return {
+        name: table.norm(dim=1).mean() * normalize(torch.tensor(weights) @ table[ids], dim=0)[None]
+        for name, table in model.text.tables.items()
+    }
+
+
+def take_apart(model: Model, concept: str | Slot, **options: object) -> Decomposition:
+    options = {"candidates": NAMES, "height": 32, "width": 32, "settings": SMALL, **options}
+    return decompose_concept(model, concept, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("encoders", "count"), [(("l",), 2), (("l",), 4), (("l", "g"), 5)])
+def test_a_planted_mixture_is_recovered_within_the_budget(encoders: tuple[str, ...], count: int) -> None:
+    """The default method must find the words and their weights within 1,500 evals, with one alpha over all encoders."""
+    model = world(encoders)
+    for draw in range(2):
+        generator = torch.Generator().manual_seed(10 * count + draw)
+        words = [NAMES[i] for i in torch.randperm(WORDS, generator=generator)[:count]]
+        weights = normalize(0.5 + torch.rand(count, generator=generator), p=1, dim=0)
+        found = take_apart(model, planted(model, words, weights.tolist()), words=6, seed=draw)
+        shares = dict(zip(found.words, found.shares, strict=True))
+        assert set(found.words) >= set(words) and found.r2 > 0.98 and found.reliable
+        assert max(abs(shares[word] - float(weight)) for word, weight in zip(words, weights, strict=True)) < 0.05
+        assert found.evals <= 1500
+
+
+def test_the_result_is_a_point_of_the_simplex_that_says_what_it_cost() -> None:
+    model = world()
+    before = {name: table.clone() for name, table in model.text.tables.items()}
+    steps: list[tuple[int, int]] = []
+    found = take_apart(model, "waa", words=3, on_step=lambda step, total, metrics: steps.append((step, total)))
+    assert "waa" not in found.words and 1 <= len(found.words) <= 3 and len(set(found.words)) == len(found.words)
+    assert (found.alpha >= 0).all() and float(found.alpha.sum()) == pytest.approx(1, abs=1e-6)
+    assert list(found.shares) == sorted(found.shares, reverse=True)
+    assert (found.evals, found.calls) == (model.meter.evals, model.meter.calls)
+    assert all(0 <= step <= total for step, total in steps) and steps[-1] == (found.evals, found.evals)
+    assert all(torch.equal(table, before[name]) for name, table in model.text.tables.items())
+    assert found.concept == "waa" and "waa" in found.summary() and found.attempts and any(a.kept for a in found.attempts)
+    assert set(found.seeds).isdisjoint(found.heldout_seeds)
+
+
+def test_same_inputs_same_bits_whatever_the_global_state() -> None:
+    results = []
+    for state in (0, 1):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        results.append(take_apart(world(), "wab", seed=7))
+        assert torch.equal(torch.get_rng_state(), before)
+    first, second = results
+    assert first.words == second.words and torch.equal(first.alpha, second.alpha)
+    assert first.fidelity == second.fidelity and first.importance == second.importance
+    assert first.seeds != take_apart(world(), "wab", seed=8).seeds
+
+
+def test_permuting_the_dictionary_permutes_the_answer() -> None:
+    model = world()
+    concept = planted(model, ["wac", "wbb", "wbz"], [0.5, 0.3, 0.2])
+    first, second = (take_apart(model, concept, candidates=names) for names in (NAMES, NAMES[::-1]))
+    assert first.words == second.words and torch.allclose(first.alpha, second.alpha, atol=1e-3)
+
+
+def test_the_concept_itself_takes_nearly_everything_when_left_in() -> None:
+    found = take_apart(world(), "wad", keep_concept=True)
+    assert found.words[0] == "wad" and found.shares[0] > 0.9 and found.r2 > 0.98 and found.importance[0] > 0.9
+
+
+def test_importance_is_the_loss_of_heldout_r2_without_the_word() -> None:
+    model = world()
+    concept = planted(model, ["wac", "wbb"], [0.6, 0.4])
+    found = take_apart(model, concept)
+    pool = {word: model.text.vocabulary[f"{word}</w>"] for word in found.words}
+    mixture = Mixture.of(model, found.template, pool)
+    teacher = model.text.encode([["a photo of a ", concept]])
+    states = harvest(
+        model, teacher, model.text.encode([""]), [*found.seeds, *found.heldout_seeds],
+        height=4, width=4, steps=SMALL.steps, guidance=SMALL.guidance,
+    )  # fmt: skip
+    heldout = states[states.picture >= len(found.seeds)]
+
+    def r2(alpha: Tensor) -> float:
+        return 1 - float(distances(model, heldout, mixture.encode(alpha[None])).sum() / heldout.gap.sum())
+
+    assert r2(found.alpha) == pytest.approx(found.r2, abs=1e-4)
+    for index, importance in enumerate(found.importance):
+        without = found.alpha.clone()
+        without[index] = 0
+        assert found.r2 - r2(without) == pytest.approx(importance, abs=1e-4)
+    highs = [level.high for level in found.fidelity.levels]
+    assert len(highs) == 3 and highs == sorted(highs, reverse=True)
+
+
+def test_the_pseudo_token_stands_in_any_template() -> None:
+    model = world()
+    found = take_apart(model, "wae", words=3)
+    token = found.token
+    for name, table in model.text.tables.items():
+        assert float(token[name].norm()) == pytest.approx(float(table.norm(dim=1).mean()), rel=1e-5)
+    expected = model.text.encode([["photo of ", token]])
+    assert torch.equal(found.apply(model.text, "photo of {}").context, expected.context)
+    assert torch.equal(found.apply(model.text).context, model.text.encode([["a photo of a ", token, ""]]).context)
+    assert torch.equal(found.to("cpu").token["l"], token["l"])
+
+
+def test_a_phrase_is_taken_apart_too_without_its_own_words() -> None:
+    found = take_apart(world(), "waf wag", words=4)
+    assert not {"waf", "wag"} & set(found.words) and math.isfinite(found.r2)
+
+
+def test_a_search_that_fails_falls_back_and_says_so() -> None:
+    """Two candidates that have nothing to do with the concept: nothing explains it, and the result does not claim to."""
+    found = take_apart(world(), "wah", candidates=["wai", "waj"], settings=Settings(**{**vars(SMALL), "pursuits": 1, "descent": 4}))
+    assert not found.reliable and "do not explain" in found.summary()
+    assert [attempt.start for attempt in found.attempts][-1] == "descent" and len(found.attempts) == 2 and found.r2 < ENOUGH
+
+
+def test_cancelling_stops_within_one_call() -> None:
+    class Cancel(Exception):
+        pass
+
+    calls = 0
+
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise Cancel
+
+    model = world(before_call=stop)
+    with pytest.raises(Cancel):
+        take_apart(model, "wab")
+    assert model.meter.calls == 19
+
+    def refuse(step: int, total: int, metrics: object) -> None:
+        raise Cancel
+
+    model = world()
+    with pytest.raises(Cancel):
+        take_apart(model, "wab", on_step=refuse)
+    assert model.meter.calls == 1
+
+
+def test_bad_input_is_named() -> None:
+    model = world()
+    with pytest.raises(ValueError, match="empty"):
+        take_apart(model, "  ")
+    with pytest.raises(ValueError, match="known"):
+        take_apart(model, "?!")
+    for template in ("a photo", "a {} of {}"):
+        with pytest.raises(ValueError, match="must contain"):
+            take_apart(model, "waa", template=template)
+    with pytest.raises(ValueError, match="no candidate words are left"):
+        take_apart(model, "waa", candidates=["waa"])
+    with pytest.raises(ValueError, match="at least 1 word"):
+        take_apart(model, "waa", words=0)
+    with pytest.raises(ValueError, match="too small"):
+        take_apart(model, "waa", height=4)
+    with pytest.raises(NonFinite):
+        take_apart(world(broken=True), "waa")
+    assert model.meter.calls == 0
+
+
+def test_gradients_with_respect_to_alpha_match_finite_differences() -> None:
+    model = world(("l", "g"))
+    pool = {word: model.text.vocabulary[f"{word}</w>"] for word in NAMES[:5]}
+    mixture = Mixture.of(model, "a photo of a {}", pool)
+    states = harvest(model, model.text.encode(["a photo of a wba"]), model.text.encode([""]), [3], height=4, width=4, steps=5, guidance=2.0)
+    batch = states[1:4]
+
+    def loss(alpha: Tensor) -> Tensor:
+        return batch.distance(model.denoise(batch.x, batch.sigma, mixture.encode(alpha[None]))).sum()
+
+    alpha = torch.tensor([0.4, 0.1, 0.2, 0.2, 0.1], requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(alpha), alpha)
+    with torch.no_grad():
+        for index in range(5):
+            h = torch.zeros(5)
+            h[index] = 2e-3
+            difference = (loss(alpha + h) - loss(alpha - h)) / 4e-3
+            assert float(gradient[index]) == pytest.approx(float(difference), rel=0.01, abs=3e-3 * float(gradient.abs().max()))
+        # only the direction of the combination matters
+        assert float(gradient @ alpha) == pytest.approx(0, abs=1e-4 * float(gradient.abs().max()))
+        assert torch.allclose(mixture.encode(alpha[None]).context, mixture.encode(3 * alpha[None]).context, atol=1e-5)
+
+
+def test_states_hold_what_the_sampler_saw_with_or_without_guidance() -> None:
+    model = world()
+    teacher, empty = model.text.encode(["a photo of a waa"]), model.text.encode([""])
+    for guidance in (1.0, 3.0):
+        states = harvest(model, teacher, empty, [1, 2, 3], height=4, width=4, steps=5, guidance=guidance, batch=2)
+        assert len(states) == 15 and states.picture.bincount().tolist() == [5, 5, 5]
+        assert torch.allclose(states.teacher, model.denoise(states.x, states.sigma, teacher), atol=1e-5)
+        assert torch.allclose(states.empty, model.denoise(states.x, states.sigma, empty), atol=1e-5)
+        noise = (states.x - states.empty) / states.sigma.view(-1, 1, 1, 1) - (states.x - states.teacher) / states.sigma.view(-1, 1, 1, 1)
+        assert torch.allclose(states.gap, noise.square().flatten(1).sum(1), rtol=1e-3)
+    assert float(distances(model, states, teacher).sum()) < 1e-6 * float(states.gap.sum())
+
+
+def test_a_concept_that_the_model_ignores_is_refused() -> None:
+    class Deaf(Denoiser):
+        def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+            return super().denoise(x, sigma, conditioning.map(torch.zeros_like))
+
+    text = Text()
+    with pytest.raises(ValueError, match="ignores 'waa'"):
+        take_apart(Model("sd1", "deaf", text, Deaf(text)), "waa")  # type: ignore[arg-type]
+
+
+def test_small_nnls_meets_its_optimality_conditions() -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        matrix = torch.randn(12, 5, generator=generator, dtype=torch.double)
+        target = torch.randn(12, generator=generator, dtype=torch.double)
+        x = small_nnls(matrix, target)
+        slope = matrix.T @ (matrix @ x - target)
+        assert (x >= 0).all() and bool((slope >= -1e-6).all()) and abs(float(slope @ x)) < 1e-6
+
+
+def test_exchange_never_loses_and_finds_a_planted_pair() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(20, 80, generator=generator, dtype=torch.double)
+    target = matrix[:, 11] + 0.5 * matrix[:, 42]
+    assert sorted(exchange(matrix, target, [3, 4])) == [11, 42]
+    assert sorted(exchange(matrix, target, [42, 11])) == [11, 42]
+
+
+def test_proposals_contain_a_sparse_truth_that_dominant_directions_hide() -> None:
+    """Rows whose singular values span three decades, a truth of four words, and an error along a direction that is hardly seen."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = normalize(torch.randn(300, 48, generator=generator), dim=1)
+    weights = torch.zeros(300)
+    weights[[5, 50, 150, 250]] = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    rotation = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q
+    rows = torch.randn(96, 48, generator=generator) @ torch.diag(torch.logspace(0, -3, 48)) @ rotation
+    target = weights @ atoms + 0.3 * rotation[-1]
+    options = proposals(rows, rows @ target, atoms, 6)
+    assert all(float(option.sum()) == pytest.approx(1) and bool((option >= 0).all()) and int((option > 0).sum()) <= 6 for option in options)
+    best = min(options, key=lambda option: float((option - weights).abs().sum()))
+    assert set(best.topk(4).indices.tolist()) == {5, 50, 150, 250} and float((best - weights).abs().max()) < 0.05
+
+
+def test_simplex_descent_stays_on_the_simplex_and_reaches_a_vertex() -> None:
+    descent = SimplexDescent(torch.full((6,), 1 / 6), 60)
+    for _ in range(60):
+        descent.step(torch.tensor([3.0, 1.0, -1.0, 2.0, 3.0, 0.0]))
+        assert bool((descent.alpha >= 0).all()) and float(descent.alpha.sum()) == pytest.approx(1, abs=1e-5)
+    assert int(descent.alpha.argmax()) == 2 and float(descent.alpha.max()) > 0.9
+
+
+def test_states_select_by_mask_and_slice() -> None:
+    states = States(
+        torch.zeros(4, 1, 1, 1), torch.arange(4.0) + 1, torch.zeros(4, 1, 1, 1), torch.ones(4, 1, 1, 1), torch.tensor([0, 0, 1, 1])
+    )
+    assert states[states.picture == 1].sigma.tolist() == [3, 4] and len(states[:3]) == 3
+    assert states.gap.tolist() == pytest.approx([1, 1 / 4, 1 / 9, 1 / 16])
