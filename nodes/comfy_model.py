@@ -21,6 +21,7 @@ from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
+from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -49,9 +50,10 @@ def graph_model(model: ModelPatcher, clip: CLIP, vae: VAE | None = None, scorer:
     """
     family = check_graph(model, clip, vae)
     with torch.inference_mode(False), ExitStack() as stack:
-        patcher, text = _private(stack, model), clip.clone()
-        text.patcher = _private(stack, clip.patcher)
-        text.cond_stage_model = text.patcher.model
+        patcher, text, text_patcher = _lasting(stack, model), clip, _lasting(stack, clip.patcher)
+        if text_patcher is not clip.patcher:
+            text = clip.clone()
+            text.patcher, text.cond_stage_model = text_patcher, text_patcher.model
         stack.callback(text.cond_stage_model.reset_clip_options)
         stack.callback(patcher.cleanup)
         resident = _Resident(patcher, text.patcher, family)
@@ -170,11 +172,12 @@ class _Resident:
         side = 128 if family == "sdxl" else 64
         # Planned once for a batch of four pictures of the family's size: a later plan could move weights that a graph still needs.
         self._memory = patcher.memory_required([4, 4, side, side])
+        self._ready = False
 
     def load(self) -> None:
         """Load both, unless they still are."""
         held = [entry.model for entry in management.current_loaded_models]
-        if all(any(patcher is model for model in held) for patcher in (self._patcher, self._text)):
+        if self._ready and all(any(patcher is model for model in held) for patcher in (self._patcher, self._text)):
             return
         with torch.inference_mode():
             management.load_models_gpu(
@@ -182,6 +185,7 @@ class _Resident:
             )
         for patcher in (self._patcher, self._text):
             _make_plain(patcher.model)
+        self._ready = True
 
 
 class GraphTextEncoder:
@@ -310,11 +314,18 @@ class GraphDenoiser:
         inputs: dict[str, Any] = {"c_crossattn": conditioning.context, "transformer_options": options}
         if conditioning.pooled is not None:
             inputs["y"] = self._class_embedding(x, conditioning)
-        base = self._patcher.model
+        apply = self._patcher.model.apply_model
         wrapper = self._patcher.model_options.get("model_function_wrapper")
-        if wrapper is not None:
-            return wrapper(base.apply_model, {"input": x, "timestep": sigma, "c": inputs, "cond_or_uncond": [0]})
-        return base.apply_model(x, sigma, **inputs)
+        try:
+            if wrapper is not None:
+                return wrapper(apply, {"input": x, "timestep": sigma, "c": inputs, "cond_or_uncond": [0]})
+            return apply(x, sigma, **inputs)
+        except RuntimeError as error:
+            if "Inference tensors" not in str(error):
+                raise
+            raise UnsupportedModel(
+                "a patch on this MODEL computes with tensors that have no gradient: connect the MODEL from before that node"
+            ) from error
 
     def _class_embedding(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x.shape[-2] * self.downscale, x.shape[-1] * self.downscale
@@ -354,10 +365,11 @@ def _quantised(module: torch.nn.Module) -> bool:
     return any(p.dtype not in _FLOAT or type(p.data) is not Tensor for p in module.parameters())
 
 
-def _private(stack: ExitStack, patcher: ModelPatcher) -> ModelPatcher:
-    """A clone that only we hold; of a model in evictable memory, which autograd must not keep views of, a copy of its own."""
+def _lasting(stack: ExitStack, patcher: ModelPatcher) -> ModelPatcher:
+    """The patcher itself; for a model in evictable memory, which autograd must not keep views of, a copy of its own."""
+    # No clone otherwise: ComfyUI cannot take a bypassed LoRA back out of the shared layers once the clone that put it there is gone.
     if not (hasattr(patcher, "is_dynamic") and patcher.is_dynamic()):
-        return patcher.clone()
+        return patcher
     if patcher.cached_patcher_init is None:
         raise UnsupportedModel(
             "this model cannot be copied out of dynamic memory: load it with one of ComfyUI's own loaders, or start ComfyUI with "
@@ -383,6 +395,12 @@ def _make_plain(module: torch.nn.Module) -> None:
         for name, buffer in child.named_buffers(recurse=False):
             if buffer.is_inference():
                 child._buffers[name] = _on_the_same_memory(buffer)
+        # A LoRA in bypass mode adds its own product to the layer's output.
+        adapter = getattr(getattr(child.forward, "__self__", None), "adapter", None)
+        if isinstance(adapter, WeightAdapterBase) and isinstance(adapter.weights, (list, tuple)):
+            adapter.weights = type(adapter.weights)(
+                _on_the_same_memory(w) if isinstance(w, Tensor) and w.is_inference() else w for w in adapter.weights
+            )
 
 
 def _on_the_same_memory(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """One real ComfyUI for the whole suite: a server in a process of its own, on a free port, with its own base directory.
 
 The checkout is $COMFYUI_PATH, ~/ComfyUI, or the folder above custom_nodes; the Python that runs it is $COMFYUI_PYTHON, the checkout's
-own environment, .venv-comfyui here, or the Python that runs the tests. Without a checkout every test here is skipped.
+own environment, .venv-comfyui here, or the Python that runs the tests. Without a checkout every test here is skipped. $COMFYUI_ARGS says
+how it runs ("--cpu"; on a GPU "", or "--bf16-unet" for large models).
 """
 
 from __future__ import annotations
@@ -154,7 +155,17 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)]
+    command = [
+        python,
+        "main.py",
+        *os.environ.get("COMFYUI_ARGS", "--cpu").split(),
+        "--listen",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--base-directory",
+        str(base),
+    ]
     command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
     log = base / "log.txt"
     with log.open("w") as sink:

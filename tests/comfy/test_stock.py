@@ -122,12 +122,28 @@ def test_the_wirings_differ(comfy, lora):
         assert (latents[kind] - latents["plain"]).abs().max() > 1e-3, kind
 
 
-def test_a_lora_leaves_the_base_as_it_was(comfy, lora):
+@pytest.mark.parametrize("kind", ["lora", "clip skip", "v", "merge", "bypass"])
+def test_whatever_is_wired_leaves_the_base_as_it_was(comfy, lora, kind):
     before = comfy.probe("state")
-    extra, model, clip = wiring("lora")
+    extra, model, clip = wiring(kind)
     comfy.probe(
         "gradients", wires={"model": model, "clip": clip, "vae": None}, graph=extra, word="circle", path=str(comfy.base / "l.safetensors")
     )
+    assert comfy.probe("state") == before
+
+
+def test_weights_that_stay_behind_give_the_same_gradients(comfy, lora):
+    """Fetched and patched at every call, and run again for the gradient instead of being remembered."""
+    extra, model, clip = wiring("lora")
+    before, results = comfy.probe("state"), []
+    for lowvram in (False, True):
+        path = comfy.base / f"lowvram {lowvram}.safetensors"
+        wires = {"model": model, "clip": clip, "vae": None}
+        found = comfy.probe("gradients", wires=wires, graph=extra, word="circle", path=str(path), lowvram=lowvram)
+        assert (found["recomputed"] > 0) == lowvram
+        results.append(load_file(path))
+    for name in ("rows", "context"):
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-7)
     assert comfy.probe("state") == before
 
 

@@ -1,6 +1,8 @@
 """What tests ask of a running ComfyUI. Each function gets ``pack`` (imports a module of the pack), what is wired, and arguments."""
 
+import contextlib
 import hashlib
+import json
 import time
 import types
 
@@ -27,11 +29,16 @@ def state(pack, wired):
     return {
         "model": weights(model.model),
         "clip": weights(text),
-        "overridden": sum("forward" in vars(layer) for layer in text.modules()),
+        "overridden": sum(overridden(layer) for part in (text, model.model) for layer in part.modules()),
         "wrapped": sum(len(getattr(layer, "weight_function", [])) for layer in model.model.modules()),
         "patcher": getattr(model.model, "current_patcher", None) is not None,
         "options": [text.clip_l.layer, text.clip_l.layer_idx],
     }
+
+
+def overridden(layer):
+    """Whether a layer's forward is not its class's. ComfyUI leaves the class's own behind on a layer that had a bypassed LoRA."""
+    return "forward" in vars(layer) and getattr(layer.forward, "__func__", None) is not type(layer).forward
 
 
 def detected(pack, wired):
@@ -83,9 +90,32 @@ def picture(pack, wired, prompt, negative, seed, steps, guidance, sampler, path)
     return result
 
 
-def gradients(pack, wired, word, path):
-    """The gradient of a loss to a token embedding and to the conditioning."""
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+@contextlib.contextmanager
+def low_memory(on):
+    """As on a GPU too small for the network: its weights stay behind, unpatched, and are fetched and patched at every call."""
+    management = comfy.model_management
+    load = management.load_models_gpu
+
+    def little(models, **kwargs):
+        load(models, **kwargs)
+        for model in models:
+            if not model.is_clip:
+                model.partially_unload(model.offload_device, 1e12)
+
+    if on:
+        management.unload_all_models()
+        management.load_models_gpu = little
+    try:
+        yield
+    finally:
+        management.load_models_gpu = load
+        if on:
+            management.unload_all_models()
+
+
+def gradients(pack, wired, word, path, lowvram=False):
+    """The gradient of a loss to a token embedding and to the conditioning; with ``lowvram``, on weights fetched at every call."""
+    with low_memory(lowvram), pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
         rows = model.text.tables["l"][model.text.tokenize(word)].repeat(2, 1, 1).requires_grad_()
         conditioning = model.text.encode([["a photo of a ", {"l": rows}]])
         conditioning.context.retain_grad()
@@ -95,7 +125,9 @@ def gradients(pack, wired, word, path):
             plain = model.text.encode([f"a photo of a {word}"]).context
             table = model.text.tables["l"]
         save_file({"rows": rows.grad, "context": conditioning.context.grad, "plain": plain, "table": table}, path)
-        return {"difference": float((plain - conditioning.context).abs().max().detach()), "ids": model.text.tokenize("A Photo of a café!")}
+        again = sum(map(overridden, wired["model"].model.diffusion_model.modules()))
+        difference = float((plain - conditioning.context).abs().max().detach())
+        return {"difference": difference, "ids": model.text.tokenize("A Photo of a café!"), "recomputed": again}
 
 
 def failure(pack, wired, kind):
@@ -197,20 +229,26 @@ def make_checkpoint(pack, wired, kind, path):
     model_config = getattr(comfy.supported_models, kind)(config)
     unet = UNetModel(image_size=32, **config, dtype=torch.float16, device="meta", operations=comfy.ops.disable_weight_init)
     clip = model_config.clip_target({}).clip(device="meta", dtype=torch.float16)
-    generator = torch.Generator().manual_seed(0)
-
-    def filled(sd):
-        for name, tensor in sd.items():
-            fan_in = max(tensor.shape[1:].numel(), 1)
-            scale = 0.02 if "embedding" in name else fan_in**-0.5
-            value = torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * scale
-            if tensor.ndim < 2:
-                value = torch.ones(tensor.shape) if name.endswith("weight") else torch.zeros(tensor.shape)
-            sd[name] = value.half()
-        return sd
-
-    sd = {"model.diffusion_model." + name: tensor for name, tensor in filled(dict(unet.state_dict())).items()}
-    text = filled({name: tensor for name, tensor in clip.state_dict().items() if "logit_scale" not in name})
-    sd |= model_config.process_clip_state_dict_for_saving(text)
-    save_file({name: tensor.contiguous() for name, tensor in sd.items()}, path)
+    sd = {"model.diffusion_model." + name: tensor for name, tensor in unet.state_dict().items()}
+    text = {name: tensor for name, tensor in clip.state_dict().items() if "logit_scale" not in name}
+    write_random(sd | model_config.process_clip_state_dict_for_saving(text), path)
     return {"unet": sum(p.numel() for p in unet.parameters())}
+
+
+def write_random(sd, path):
+    """A safetensors file of random fp16 tensors with the names and shapes of ``sd``, one tensor in memory at a time."""
+    header, end = {}, 0
+    for name, tensor in sd.items():
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [end, end := end + 2 * tensor.numel()]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = torch.Generator().manual_seed(0)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in sd.items():
+            if tensor.ndim < 2:
+                value = torch.full(tensor.shape, float(name.endswith("weight")))
+            else:
+                scale = 0.02 if "embedding" in name else max(tensor.shape[1:].numel(), 1) ** -0.5
+                value = torch.randn(tensor.shape, generator=generator) * scale
+            file.write(value.half().numpy().tobytes())
