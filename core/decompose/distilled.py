@@ -234,10 +234,12 @@ class _Fit:
         """
         rows, values = self._rows(fitted, self.own if self.own is not None else self._nearest_token())
         options = torch.stack(proposals(rows, values, torch.cat([e.cpu() for e in self.mixture.embeddings.values()], dim=1), count))
+        options = options[self._judge(judged[:3], options).topk(min(4, len(options))).indices]
         scores = self._judge(judged, options)
         best = options[int(scores.argmax())]
-        if float(scores.max()) < ENOUGH:
-            best = self._refine(fitted, judged, best, rounds=1)
+        if float(scores.max()) >= ENOUGH:
+            return best, float(scores.max())
+        best = self._refine(fitted, judged, best, rounds=1)
         return best, float(self._judge(judged, best[None])[0])
 
     def _pursue(self, fitted: States, judged: States, alpha: Tensor, count: int) -> tuple[Tensor, float]:

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-FILTERS = (0.3, 0.03, 0.003)
-PENALTIES = (0.3, 0.1, 0.03)
+FILTERS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+"""tau of the flattened spectra: from nearly what the model shows to nearly the geometry of the embeddings."""
+PENALTIES = (0.1, 0.03, 0.01)
+"""l1 penalties, as fractions of the smallest one that leaves no word."""
 
 
 def proposals(rows: Tensor, values: Tensor, atoms: Tensor, count: int) -> list[Tensor]:
