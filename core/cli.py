@@ -28,7 +28,7 @@ app = typer.Typer(
     help="See what a diffusion model thinks a word is.",
 )
 
-DEMO_CONCEPTS = ("bird", "crane", "joy")
+DEMO_CONCEPTS = ("bird", "joy", "gothic")
 """What ``conceptkit demo`` decomposes: a word with several looks, one with two meanings at once, and an abstract mix."""
 
 _PIXELS = 8 * 128 * 128  # pixels sampled at once; a batch of 8 in the demo, single pictures of a real model
