@@ -17,7 +17,8 @@ from .model import ImageScorer
 class JointNetwork(Protocol):
     """A picture tower, and a projection of a text encoder's state at the end token, into one space of unit vectors."""
 
-    log_scale: Tensor
+    @property
+    def log_scale(self) -> Tensor: ...
 
     def pictures(self, pictures: Tensor) -> Tensor: ...
 

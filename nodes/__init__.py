@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .decompose import DecomposeConcept
 from .demo_model import register_demo_model
+from .scorer import LoadImageScorer
 
 
 class ConceptKitExtension(ComfyExtension):
@@ -15,4 +16,4 @@ class ConceptKitExtension(ComfyExtension):
         register_demo_model()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [DecomposeConcept]
+        return [DecomposeConcept, LoadImageScorer]

@@ -25,8 +25,10 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..core.hosts.checkpoint import read_scorer
 from ..core.model import Conditioning, Family, ImageScorer, Model, Prompt, UnsupportedModel
 from ..core.progress import OnStep
+from ..core.score import JointScorer
 
 ENCODE_ROWS = 64
 """Prompts per call of the text encoder."""
@@ -35,6 +37,8 @@ _FAMILIES: dict[tuple[str, ...], tuple[Family, int]] = {("l",): ("sd1", 0), ("h"
 """A CLIP's encoders: the family they belong to, and the width of its MODEL's class embedding."""
 
 _REFINER_CHANNELS = 2560
+_NO_CLIP = "the CLIP is missing (the checkpoint holds no text encoder): load one with a CLIP loader and connect it"
+_HOOKED = "this CLIP carries hooks: connect it from before Set CLIP Hooks, and apply LoRAs with a LoRA loader"
 _SUPPORTED = "connect the MODEL and CLIP of an SD 1.x, SD 2.x or SDXL base checkpoint"
 _FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -56,7 +60,9 @@ def graph_model(model: ModelPatcher, clip: CLIP, vae: VAE | None = None, scorer:
             text.patcher, text.cond_stage_model = text_patcher, text_patcher.model
         stack.callback(text.cond_stage_model.reset_clip_options)
         stack.callback(patcher.cleanup)
-        resident = _Resident(patcher, text.patcher, family)
+        side = 128 if family == "sdxl" else 64
+        # Planned once for a batch of four pictures of the family's size: a later plan could move weights that a graph still needs.
+        resident = _Resident(patcher, text.patcher, memory=patcher.memory_required([4, 4, side, side]))
         resident.load()
         patcher.pre_run()
         _override(stack, text.cond_stage_model, comfy.clip_model.CLIPLayer, _out_of_place)
@@ -77,7 +83,7 @@ def graph_model(model: ModelPatcher, clip: CLIP, vae: VAE | None = None, scorer:
 def check_graph(model: ModelPatcher, clip: CLIP, vae: VAE | None = None) -> Family:
     """The family of a MODEL and CLIP that belong together. Raises UnsupportedModel otherwise, saying what to connect instead."""
     if clip is None:
-        raise UnsupportedModel("the CLIP is missing (the checkpoint holds no text encoder): load one with a CLIP loader and connect it")
+        raise UnsupportedModel(_NO_CLIP)
     base = model.model
     network = getattr(base, "diffusion_model", None)
     config = getattr(getattr(base, "model_config", None), "unet_config", {})
@@ -98,7 +104,7 @@ def check_graph(model: ModelPatcher, clip: CLIP, vae: VAE | None = None) -> Fami
     if found is None:
         raise UnsupportedModel(f"this CLIP ({type(clip.cond_stage_model).__name__}) is not of a supported family: {_SUPPORTED}")
     family, class_channels = found
-    width = sum(encoder.transformer.get_input_embeddings().weight.shape[1] for encoder in encoders.values())
+    width = sum(map(_width, encoders.values()))
     if width != config["context_dim"]:
         raise UnsupportedModel(
             f"the MODEL reads text of width {config['context_dim']} but the CLIP gives {width}: connect the CLIP of the same checkpoint"
@@ -106,13 +112,39 @@ def check_graph(model: ModelPatcher, clip: CLIP, vae: VAE | None = None) -> Fami
     if base.adm_channels != class_channels:
         raise UnsupportedModel(f"{type(base).__name__} models with inputs beside text are not supported: {_SUPPORTED}")
     if clip.patcher.forced_hooks is not None:
-        raise UnsupportedModel("this CLIP carries hooks: connect it from before Set CLIP Hooks, and apply LoRAs with a LoRA loader")
+        raise UnsupportedModel(_HOOKED)
     for part, module in (("MODEL", network), ("CLIP", clip.cond_stage_model)):
         if _quantised(module):
             raise UnsupportedModel(f"the {part} is quantised: load it in fp16, bf16 or fp32 (weight_dtype default, no GGUF or fp8 file)")
     if vae is not None and (vae.first_stage_model is None or vae.latent_channels != 4 or vae.latent_dim != 2):
         raise UnsupportedModel("this VAE does not fit the MODEL (4 latent channels): connect the VAE of the same checkpoint")
     return family
+
+
+def graph_scorer(path: str, clip: CLIP) -> ImageScorer:
+    """The image scorer in a checkpoint, which reads texts with the graph's CLIP as it is wired (LoRAs, but no clip skip).
+
+    Usable inside and outside of ``graph_model``, and differentiable in the pictures. Raises as ``read_scorer`` does, and
+    UnsupportedModel for a CLIP that the scorer was not trained with.
+    """
+    if clip is None:
+        raise UnsupportedModel(_NO_CLIP)
+    with torch.inference_mode(False):
+        network = read_scorer(path)
+        encoders = _encoders(clip)
+        if not encoders:
+            raise UnsupportedModel(
+                f"this CLIP ({type(clip.cond_stage_model).__name__}) is not CLIP text: connect the CLIP of the same checkpoint"
+            )
+        wanted, width = network.text_projection.in_features, _width(next(iter(encoders.values())))
+        if width != wanted:
+            raise UnsupportedModel(
+                f"the scorer reads text of width {wanted} but the CLIP gives {width}: connect the CLIP of the same checkpoint"
+            )
+        if clip.patcher.forced_hooks is not None:
+            raise UnsupportedModel(_HOOKED)
+        # A megabyte: it stays where the CLIP computes, and ComfyUI's model manager need not know of it.
+        return JointScorer(network.to(clip.patcher.load_device), GraphTextEncoder(clip, _Resident(clip.patcher)).pooled)
 
 
 def trained_side(model: ModelPatcher) -> int:
@@ -165,26 +197,24 @@ def send_text(node_id: str | None, text: str) -> None:
 
 
 class _Resident:
-    """Keeps the network and the text encoder loaded together, with weights that autograd can save."""
+    """Keeps models loaded together, with weights that autograd can save, and ``memory`` bytes free for their computations."""
 
-    def __init__(self, patcher: ModelPatcher, text: ModelPatcher, family: Family) -> None:
-        self._patcher, self._text = patcher, text
-        side = 128 if family == "sdxl" else 64
-        # Planned once for a batch of four pictures of the family's size: a later plan could move weights that a graph still needs.
-        self._memory = patcher.memory_required([4, 4, side, side])
+    def __init__(self, *patchers: ModelPatcher, memory: float = 0) -> None:
+        self._patchers, self._memory = patchers, memory
         self._ready = False
 
     def load(self) -> None:
-        """Load both, unless they still are."""
+        """Load them, unless they still are."""
         held = [entry.model for entry in management.current_loaded_models]
-        if self._ready and all(any(patcher is model for model in held) for patcher in (self._patcher, self._text)):
+        if self._ready and all(any(patcher is model for model in held) for patcher in self._patchers):
             return
+        models = [model for patcher in self._patchers for model in (patcher, *patcher.get_nested_additional_models())]
         with torch.inference_mode():
-            management.load_models_gpu(
-                [self._patcher, *self._patcher.get_nested_additional_models(), self._text], memory_required=self._memory
-            )
-        for patcher in (self._patcher, self._text):
-            _make_plain(patcher.model)
+            management.load_models_gpu(models, memory_required=self._memory)
+        with torch.inference_mode(False):
+            for patcher in self._patchers:
+                if not _dynamic(patcher):
+                    _make_plain(patcher.model)
         self._ready = True
 
 
@@ -224,21 +254,31 @@ class GraphTextEncoder:
         return ids
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        encoded = self._run(prompts, {} if self._clip.layer_idx is None else {"layer": self._clip.layer_idx})
+        context = torch.cat([context for context, _ in encoded.values()], dim=-1)
+        return Conditioning(context, encoded["g"][1] if "g" in encoded else None)
+
+    def pooled(self, texts: Sequence[str]) -> Tensor:
+        """The first encoder's last normed state at the end token, (len(texts), width), without gradient: what an image scorer projects."""
+        with torch.inference_mode():
+            _, state = next(iter(self._run(texts, {"projected_pooled": False}).values()))
+        self._clip.cond_stage_model.reset_clip_options()
+        return state.clone()
+
+    def _run(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per encoder its context (rows, tokens, width) and its state at each row's end token (rows, width), under CLIP ``options``."""
         if not prompts:
             raise ValueError("there is no prompt to encode")
         self._resident.load()
         stage = self._clip.cond_stage_model
         stage.reset_clip_options()
-        if self._clip.layer_idx is not None:
-            stage.set_clip_options({"layer": self._clip.layer_idx})
-        stage.set_clip_options({"execution_device": self._clip.patcher.load_device})
-        contexts, pooled = [], None
+        stage.set_clip_options({**options, "execution_device": self._clip.patcher.load_device})
+        encoded = {}
         for name, encoder in self._encoders.items():
             rows = [row for prompt in prompts for row in self._rows(prompt, name, encoder)]
             parts = [encoder.encode(rows[i : i + ENCODE_ROWS]) for i in range(0, len(rows), ENCODE_ROWS)]
-            contexts.append(torch.cat([part[0] for part in parts]))
-            pooled = torch.cat([part[1] for part in parts]) if name == "g" else None
-        return Conditioning(torch.cat(contexts, dim=-1), pooled)
+            encoded[name] = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        return encoded
 
     def _fits(self, tokens: int) -> None:
         if tokens > self._length:
@@ -253,7 +293,7 @@ class GraphTextEncoder:
                 continue
             if name not in part:
                 raise ValueError(f"a slot lacks the embeddings of text encoder {name!r}: it has {sorted(part)}")
-            width = encoder.transformer.get_input_embeddings().weight.shape[1]
+            width = _width(encoder)
             shape = tuple(part[name].shape)
             if len(shape) not in (2, 3) or shape[-1] != width:
                 raise ValueError(f"a slot of text encoder {name!r} must be (n, {width}) or (batch, n, {width}), and is {shape}")
@@ -361,14 +401,23 @@ def _encoders(clip: CLIP) -> dict[str, comfy.sd1_clip.SDClipModel]:
     return named if plain and len(named) == len(every) else {}
 
 
+def _width(encoder: comfy.sd1_clip.SDClipModel) -> int:
+    return int(encoder.transformer.get_input_embeddings().weight.shape[1])
+
+
 def _quantised(module: torch.nn.Module) -> bool:
     return any(p.dtype not in _FLOAT or type(p.data) is not Tensor for p in module.parameters())
+
+
+def _dynamic(patcher: ModelPatcher) -> bool:
+    """Whether the weights lie in evictable memory."""
+    return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
 
 
 def _lasting(stack: ExitStack, patcher: ModelPatcher) -> ModelPatcher:
     """The patcher itself; for a model in evictable memory, which autograd must not keep views of, a copy of its own."""
     # No clone otherwise: ComfyUI cannot take a bypassed LoRA back out of the shared layers once the clone that put it there is gone.
-    if not (hasattr(patcher, "is_dynamic") and patcher.is_dynamic()):
+    if not _dynamic(patcher):
         return patcher
     if patcher.cached_patcher_init is None:
         raise UnsupportedModel(

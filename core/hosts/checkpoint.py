@@ -18,9 +18,11 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..artifact import KEY
+from ..demo.scorer import Scorer
+from ..model import UnsupportedModel
 
 StateDict: TypeAlias = dict[str, Tensor]
 
@@ -192,8 +194,8 @@ def from_single_file(sd: Mapping[str, Tensor]) -> tuple[StateDict, StateDict, St
     return unet_to_diffusers(unet), text, vae, scorer
 
 
-def read_single_file(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
-    """The tensors of a safetensors file and the JSON under its metadata key ``conceptkit`` ({} without one).
+def read_single_file(path: str | Path, prefix: str = "") -> tuple[StateDict, dict[str, Any]]:
+    """The tensors of a safetensors file whose names start with ``prefix``, and the JSON under its key ``conceptkit`` ({} without one).
 
     Raises FileNotFoundError, or ValueError for a file that is truncated, hostile or not safetensors.
     """
@@ -203,9 +205,53 @@ def read_single_file(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open has no mapping protocol)
+            tensors = {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is truncated, damaged or no safetensors file ({error}): fetch or export it again") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} has a damaged header: fetch or export it again")
     return tensors, header
+
+
+def read_scorer(path: str | Path) -> Scorer:
+    """The image scorer in a demo checkpoint, as ``scorer_network``; nothing else of the file is read.
+
+    Raises FileNotFoundError, UnsupportedModel for a file whose text encoder has no projection into one space with pictures, or
+    ValueError for one that is damaged.
+    """
+    tensors, header = read_single_file(path, SCORER)
+    state, name = {key.removeprefix(SCORER): value for key, value in tensors.items()}, Path(path).name
+    if (header.get("format"), header.get("version")) != ("conceptkit-demo", 1) or "text_projection.weight" not in state:
+        raise UnsupportedModel(
+            f"{name} holds no image scorer: nothing in it projects its text encoder's states into one space with pictures; "
+            "choose shapes.safetensors, which comes with ConceptKit"
+        )
+    return scorer_network(state, header, name)
+
+
+def scorer_network(state: StateDict, header: Mapping[str, Any], name: str) -> Scorer:
+    """The scorer that a demo checkpoint's header describes, with its weights: frozen, float32, on the CPU.
+
+    Raises ValueError, naming the file ``name``, when the weights are others than those the header promises.
+    """
+    try:
+        with torch.device("meta"):  # names and shapes are checked before anything of a header's size is allocated
+            network = Scorer(**header["scorer"])
+        assign_weights(network, state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the scorer's weights in {name} do not fit its header ({first_line(error)}): fetch or export it again") from error
+    return network.float().eval().requires_grad_(False)
+
+
+def assign_weights(module: nn.Module, state: StateDict) -> None:
+    """Give a module built on the meta device its weights. RuntimeError when names or shapes differ."""
+    module.load_state_dict(state, assign=True)
+    for owner in module.modules():
+        for key, buffer in list(owner.named_buffers(recurse=False)):
+            if buffer.is_meta:  # CLIP's position numbers, which no file stores
+                setattr(owner, key, torch.arange(buffer.numel(), dtype=buffer.dtype).view(buffer.shape))
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says first, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ..model import Conditioning, Family, Model, Prompt, Slot, UnsupportedModel
 from ..score import JointScorer
-from .checkpoint import StateDict, from_single_file, read_single_file
+from .checkpoint import assign_weights, first_line, from_single_file, read_single_file, scorer_network
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -296,8 +296,6 @@ def _load_single(path: Path, name: str, device: torch.device, dtype: torch.dtype
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from ..demo.scorer import Scorer
-
     tensors, header = read_single_file(path)
     if header.get("format") != "conceptkit-demo" or header.get("version") != 1:
         raise UnsupportedModel(f"{path.name} is not a demo checkpoint: convert other single files to a diffusers folder and give that")
@@ -307,30 +305,18 @@ def _load_single(path: Path, name: str, device: torch.device, dtype: torch.dtype
             unet = UNet2DConditionModel(**header["unet"])
             text = CLIPTextModel(CLIPTextConfig(**header["text"]))
             vae = AutoencoderTiny(**header["autoencoder"])
-            scorer = Scorer(**header["scorer"]) if scorer_sd else None
         prefix = "text_model." if hasattr(text, "text_model") else ""
-        _assign(unet, unet_sd)
-        _assign(text, {prefix + key: value for key, value in text_sd.items()})
-        _assign(vae, vae_sd)
-        if scorer is not None:
-            _assign(scorer, scorer_sd)
+        assign_weights(unet, unet_sd)
+        assign_weights(text, {prefix + key: value for key, value in text_sd.items()})
+        assign_weights(vae, vae_sd)
     except _load_errors() as error:
-        raise ValueError(f"the weights in {path.name} do not fit its header ({_first_line(error)}): fetch or export it again") from error
+        raise ValueError(f"the weights in {path.name} do not fit its header ({first_line(error)}): fetch or export it again") from error
     model = _assemble("sd1", name, _tokenizer(DEMO), [text], unet, vae, header.get("scheduler", SCHEDULE), device, dtype)
     if "words" in header:
         model = replace(model, words=tuple(header["words"]))
-    if scorer is None or not isinstance(model.text, DiffusersText):
+    if not scorer_sd or not isinstance(model.text, DiffusersText):
         return model
-    return replace(model, scorer=JointScorer(_frozen(scorer, device, torch.float32), model.text.pooled))
-
-
-def _assign(module: nn.Module, state: StateDict) -> None:
-    """Give a module built on the meta device its weights. RuntimeError when names or shapes differ."""
-    module.load_state_dict(state, assign=True)
-    for owner in module.modules():
-        for key, buffer in list(owner.named_buffers(recurse=False)):
-            if buffer.is_meta:  # CLIP's position numbers, which no file stores
-                setattr(owner, key, torch.arange(buffer.numel(), dtype=buffer.dtype).view(buffer.shape))
+    return replace(model, scorer=JointScorer(scorer_network(scorer_sd, header, path.name).to(device), model.text.pooled))
 
 
 def _load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
@@ -472,7 +458,7 @@ def _component(kind: Any, folder: Path, **options: Any) -> Any:
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **_variant(files), **options
         )
     except _load_errors() as error:
-        raise ValueError(f"{folder} does not load as a {kind.__name__} ({_first_line(error)}): fetch the pipeline again") from error
+        raise ValueError(f"{folder} does not load as a {kind.__name__} ({first_line(error)}): fetch the pipeline again") from error
     lacking = [*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])]
     if lacking:
         raise ValueError(f"{folder} lacks weights of a {kind.__name__} or has them in other sizes (such as {lacking[0]}): fetch it again")
@@ -505,7 +491,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     except FileNotFoundError:
         raise
     except _load_errors() as error:
-        raise ValueError(f"the tokenizer in {folder} is damaged ({_first_line(error)}): fetch it again") from error
+        raise ValueError(f"the tokenizer in {folder} is damaged ({first_line(error)}): fetch it again") from error
 
 
 def _load_errors() -> tuple[type[Exception], ...]:
@@ -538,7 +524,3 @@ def _downscale(config: Any) -> int:
     """Pixels per latent cell along one side of an autoencoder."""
     blocks = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
     return int(2 ** (len(blocks) - 1))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -196,9 +196,14 @@ def random_checkpoint(path: Path) -> str:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts = [architecture.build_unet(), architecture.build_text_encoder(), architecture.build_autoencoder()]
-    header = {"format": "conceptkit-demo", "version": 1, "unet": architecture.UNET, "text": architecture.TEXT, "scorer": {}}
-    header["autoencoder"] = architecture.AUTOENCODER
+        parts = [
+            architecture.build_unet(),
+            architecture.build_text_encoder(),
+            architecture.build_autoencoder(),
+            architecture.build_scorer(),
+        ]
+    header = {"format": "conceptkit-demo", "version": 1, "unet": architecture.UNET, "text": architecture.TEXT}
+    header |= {"autoencoder": architecture.AUTOENCODER, "scorer": {"width": architecture.WIDTH}}
     weights = {k: v.half().contiguous() for k, v in to_single_file(*(part.state_dict() for part in parts)).items()}
     save_file(weights, path, {"conceptkit": json.dumps(header)})
     return path.name

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conceptkit.core.demo.scorer import Scorer
 from conceptkit.core.hosts import checkpoint
+from conceptkit.core.model import UnsupportedModel
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -109,3 +111,37 @@ def test_reading_a_file(tmp_path: Path) -> None:
         checkpoint.read_single_file(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         checkpoint.read_single_file(tmp_path / "nowhere.safetensors")
+
+
+def scorer_file(path: Path, *, without: str = "-", **header: object) -> Path:
+    """A small untrained scorer beside a weight of another part."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = {"conceptkit_scorer." + key: value.half() for key, value in Scorer(8).state_dict().items() if without not in key}
+    stated = {"format": "conceptkit-demo", "version": 1, "scorer": {"width": 8}} | header
+    save_file(state | {"model.diffusion_model.out.0.bias": torch.ones(2)}, path, {"conceptkit": json.dumps(stated)})
+    return path
+
+
+def test_the_scorer_is_read_alone(tmp_path: Path) -> None:
+    scorer = checkpoint.read_scorer(scorer_file(tmp_path / "a.safetensors"))
+    assert not scorer.training
+    assert {(p.dtype, p.requires_grad, p.device.type) for p in scorer.parameters()} == {(torch.float32, False, "cpu")}
+    vectors = scorer.pictures(torch.rand(2, 3, 40, 40))
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
+    assert float(scorer.log_scale) == 2.5
+
+
+@pytest.mark.parametrize(
+    "header", [{"scorer": {"width": 1 << 40}}, {"scorer": {"width": 16}}, {"scorer": {"width": "wide"}}, {"scorer": 1}]
+)
+def test_a_scorer_of_other_sizes_than_promised_is_refused(tmp_path: Path, header: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"the scorer's weights in a\.safetensors do not fit its header") as caught:
+        checkpoint.read_scorer(scorer_file(tmp_path / "a.safetensors", **header))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"without": "text_projection"}, {"without": ""}, {"format": "other"}, {"version": 2}])
+def test_a_file_without_a_scorer_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"a\.safetensors holds no image scorer.*choose shapes\.safetensors"):
+        checkpoint.read_scorer(scorer_file(tmp_path / "a.safetensors", **change))

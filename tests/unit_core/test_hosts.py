@@ -478,6 +478,8 @@ def test_single_file(single: Path) -> None:
         ({"text": TEXT | {"hidden_size": "wide"}}, "do not fit"),
         ({"unet": []}, "do not fit"),
         ({"autoencoder": {"surprise": 1}}, "do not fit"),
+        ({"scorer": {"width": 1 << 40}}, "do not fit"),
+        ({"scorer": []}, "do not fit"),
     ],
 )
 def test_single_file_with_a_wrong_header(single: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:

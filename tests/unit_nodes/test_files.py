@@ -32,7 +32,7 @@ def test_workflows_have_an_api_copy_and_keep_their_seeds(root):
         assert not {"randomize", "increment", "decrement"} & {value for node in nodes.values() for value in node["widgets_values"] if value}
 
 
-@pytest.mark.parametrize("name", ["__init__", "decompose", "demo_model"])
+@pytest.mark.parametrize("name", ["__init__", "decompose", "demo_model", "scorer"])
 def test_listing_a_node_imports_nothing_that_comfyui_has_not_loaded(root, name):
     """Start-up pays for these modules; the core, its charts and the model's insides are imported when a node runs."""
     tree = ast.parse((root / "nodes" / f"{name}.py").read_text("utf-8"))
@@ -40,7 +40,7 @@ def test_listing_a_node_imports_nothing_that_comfyui_has_not_loaded(root, name):
     imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in checking]
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
-    allowed = {"__future__", "pathlib", "re", "typing", "comfy_api.latest", "torch", "folder_paths", ".decompose", ".demo_model"}
+    allowed = {"__future__", "pathlib", "re", "typing", "comfy_api.latest", "torch", "folder_paths", ".decompose", ".demo_model", ".scorer"}
     allowed |= {"comfy.latent_formats", "comfy.sd1_clip", "comfy.supported_models", "comfy.supported_models_base"}
     assert names <= allowed
 

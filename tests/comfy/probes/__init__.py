@@ -21,6 +21,7 @@ class Probe(io.ComfyNode):
                 io.Vae.Input("vae", optional=True),
                 io.Latent.Input("latent", optional=True),
                 io.Conditioning.Input("conditioning", optional=True),
+                io.Custom("CONCEPTKIT_SCORER").Input("scorer", optional=True),
             ],
             outputs=[],
             is_output_node=True,

@@ -9,7 +9,7 @@ import types
 import comfy.model_management
 import comfy.sd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 def weights(module):
@@ -90,6 +90,21 @@ def picture(pack, wired, prompt, negative, seed, steps, guidance, sampler, path)
     return result
 
 
+def score(pack, wired, texts, pictures, path):
+    """What a scorer makes of texts and of the pictures in a file, and a gradient to the pictures, as a method would ask for it."""
+    scorer = wired["scorer"]
+    given = load_file(pictures)["pictures"]
+    found = {"outside": scorer.embed_texts(texts), "read": pack("core.score").zero_shot(scorer, given, texts)}
+    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"], scorer=scorer) as model:
+        moving = given.clone().requires_grad_()
+        vectors, words = model.scorer.embed_pictures(moving), model.scorer.embed_texts(texts)
+        (vectors @ words.T).square().sum().backward()
+        found |= {"pictures": vectors.detach(), "texts": words, "gradient": moving.grad}
+    save_file({name: tensor.clone() for name, tensor in found.items()}, path)
+    protocol = pack("core.model").ImageScorer
+    return {"scorer": isinstance(scorer, protocol), "scale": scorer.logit_scale}
+
+
 @contextlib.contextmanager
 def low_memory(on):
     """As on a GPU too small for the network: its weights stay behind, unpatched, and are fetched and patched at every call."""
@@ -148,14 +163,24 @@ def failure(pack, wired, kind):
             time.sleep(0.01)
 
 
+def narrow_clip(pack):
+    """A CLIP like the demo's, of width 64."""
+    target = pack("nodes.demo_model").ConceptKitShapes({"context_dim": 96}).clip_target()
+    target.params["textmodel_json_config"] |= {"hidden_size": 64, "num_hidden_layers": 1}
+    return comfy.sd.CLIP(target)
+
+
+def refused_scorer(pack, wired, path):
+    """Join a scorer with another model's CLIP."""
+    pack("nodes.comfy_model").graph_scorer(path, narrow_clip(pack))
+    raise AssertionError("accepted")
+
+
 def refused(pack, wired, what):
     """Connect something unsupported."""
     model, clip = wired["model"], wired.get("clip")
     if what == "other clip":
-        demo = pack("nodes.demo_model")
-        target = demo.ConceptKitShapes({"context_dim": 96}).clip_target()
-        target.params["textmodel_json_config"] |= {"hidden_size": 64, "num_hidden_layers": 1}
-        clip = comfy.sd.CLIP(target)
+        clip = narrow_clip(pack)
     if what == "architecture":
         model = types.SimpleNamespace(model=torch.nn.Linear(2, 2))
     if what == "refiner":
