@@ -47,7 +47,7 @@ class Settings:
     judged: int = 8
     rows: int = 96
     pursuits: int = 3
-    screened: int = 40
+    screened: int = 48
     probed: int = 4
     refined: int = 6
     descent: int = 60
@@ -215,45 +215,48 @@ class _Fit:
 
     def _solutions(self, fitted: States, judged: States, count: int) -> Iterator[tuple[str, Tensor]]:
         """Weights of at most ``count`` words, by one way after another for as long as the caller is not content."""
-        best, reached = self._linearised(fitted, judged, count)
+        best, reached, wanted = self._linearised(fitted, judged, count)
         even = torch.full((len(self.mixture),), 1 / len(self.mixture))
         alpha, method = even, "linearised"
         for _ in range(self.settings.pursuits):
             if reached >= ENOUGH:
                 break
-            alpha, score = self._pursue(fitted, judged, alpha, count)
+            alpha, score = self._pursue(fitted, judged, alpha, wanted, count)
             if score > reached:
                 best, reached, method = alpha, score, "secants"
         yield method, self._refine(fitted, judged, best)
         yield "descent", self._refine(fitted, judged, _strongest(self._descend(fitted, even), count))
 
-    def _linearised(self, fitted: States, judged: States, count: int) -> tuple[Tensor, float]:
-        """The best sparse solution of the model's linearisation at the concept's own token, and its R2.
+    def _linearised(self, fitted: States, judged: States, count: int) -> tuple[Tensor, float, Tensor]:
+        """The best sparse solution of the model's linearisation at the concept's own token, its R2, and how much each word was wanted.
 
         Exact where the concept is a mixture of few words, for then the equations hold however far off the words are.
         """
         rows, values = self._rows(fitted, self.own if self.own is not None else self._nearest_token())
-        options = torch.stack(proposals(rows, values, torch.cat([e.cpu() for e in self.mixture.embeddings.values()], dim=1), count))
+        atoms = torch.cat([e.cpu() for e in self.mixture.embeddings.values()], dim=1)
+        token = None if self.own is None else torch.cat([self.own[name][0].detach().cpu() for name in self.mixture.embeddings])
+        found, wanted = proposals(rows, values, atoms, token, count)
+        options = torch.stack(found)
         options = options[self._judge(judged[:3], options).topk(min(4, len(options))).indices]
         scores = self._judge(judged, options)
-        best = options[int(scores.argmax())]
-        if float(scores.max()) >= ENOUGH:
-            return best, float(scores.max())
-        best = self._refine(fitted, judged, best, rounds=1)
-        return best, float(self._judge(judged, best[None])[0])
+        best, reached = options[int(scores.argmax())], float(scores.max())
+        if reached < ENOUGH:
+            best = self._refine(fitted, judged, best, rounds=1)
+            reached = float(self._judge(judged, best[None])[0])
+        return best, reached, wanted
 
-    def _pursue(self, fitted: States, judged: States, alpha: Tensor, count: int) -> tuple[Tensor, float]:
+    def _pursue(self, fitted: States, judged: States, alpha: Tensor, wanted: Tensor, count: int) -> tuple[Tensor, float]:
         """The best sparse solution of what the model shows half-way from ``alpha`` to each of the promising words, and its R2.
 
         Secants this long see past the curvature that makes a gradient misleading: they ask what a word does to the picture.
         """
         present = _strongest(alpha, count).nonzero()[:, 0]
-        support = torch.tensor(sorted({*self._promising(fitted, alpha).tolist(), *present.tolist()}))
+        support = torch.tensor(sorted({*self._promising(fitted, alpha, wanted), *present.tolist()}))
         states = fitted[self._draw(fitted, self.settings.probed)]
         system, target = self._secants(states, alpha, support, 0.5)
         reduced = torch.linalg.qr(system)
         options = torch.zeros(0, len(alpha))
-        for solution in sparse_solutions(reduced.R, reduced.Q.T @ target, count, _SECANT_PENALTIES):
+        for _, solution in sparse_solutions(reduced.R, reduced.Q.T @ target, count, _SECANT_PENALTIES):
             full = torch.zeros_like(alpha)
             full[support] = solution
             options = torch.cat([options, full[None], _strongest(0.5 * alpha + 0.5 * full, count)[None]])
@@ -262,16 +265,18 @@ class _Fit:
         best = self._refine(fitted, judged, options[int(self._judge(judged, options).argmax())], rounds=1)
         return best, float(self._judge(judged, best[None])[0])
 
-    def _promising(self, fitted: States, alpha: Tensor) -> Tensor:
-        """The words towards which the loss falls fastest from ``alpha``, all of them if they are few."""
+    def _promising(self, fitted: States, alpha: Tensor, wanted: Tensor) -> list[int]:
+        """Words towards which the loss falls fastest from ``alpha``, and as many wanted ones; all of them if they are few."""
         if len(alpha) <= self.settings.screened + self.settings.screened // 2:
-            return torch.arange(len(alpha))
+            return list(range(len(alpha)))
         batch = fitted[self._draw(fitted, self.settings.judged)]
         variable = alpha.clone().requires_grad_()
         with torch.enable_grad():
             x0 = self.model.denoise(batch.x, batch.sigma, self.mixture.encode(variable[None]))
             loss = batch.distance(x0).sum()
-        return torch.autograd.grad(loss, variable)[0].cpu().argsort()[: self.settings.screened]
+        half = self.settings.screened // 2
+        falling = torch.autograd.grad(loss, variable)[0].cpu().argsort()[:half]
+        return [*falling.tolist(), *wanted.argsort(descending=True)[:half].tolist()]
 
     def _secants(self, states: States, alpha: Tensor, support: Tensor, bump: float) -> tuple[Tensor, Tensor]:
         """Equations system @ weights = target for the weights of ``support`` under which the model agrees with the teacher.

@@ -16,40 +16,46 @@ PENALTIES = (0.1, 0.03, 0.01)
 """l1 penalties, as fractions of the smallest one that leaves no word."""
 
 
-def proposals(rows: Tensor, values: Tensor, atoms: Tensor, count: int) -> list[Tensor]:
+def proposals(rows: Tensor, values: Tensor, atoms: Tensor, token: Tensor | None, count: int) -> tuple[list[Tensor], Tensor]:
     """Distinct weight vectors (words,) with at most ``count`` non-zeros for which atoms.T @ weights nearly satisfies rows @ w = values.
 
-    rows: (equations, width); values: (equations,); atoms: (words, width). Weights sum to 1.
+    rows: (equations, width); values: (equations,); atoms: (words, width); token: (width,), a w known to satisfy them, if any. Weights
+    sum to 1. The second result says how much the words were wanted over all problems solved, (words,).
 
     A few directions of w dominate what is seen, by orders of magnitude, and any large dictionary can imitate those with the wrong
     words; the weak directions tell words apart but are also where a target lies outside the dictionary. So the equations' singular
-    values s are flattened to s / sqrt(s^2 + tau mean(s^2)) for several tau, each problem is solved with several l1 penalties, and each
-    solution is polished by exchanging words. The caller judges the proposals by the model itself.
+    values s are flattened to s / sqrt(s^2 + tau mean(s^2)) for several tau, and entirely where a token is known; each problem is solved
+    with several l1 penalties, and each solution is polished by exchanging words. The caller judges the proposals by the model itself.
     """
     rows, values, atoms = rows.double(), values.double(), atoms.double()
     left, singular, right = torch.linalg.svd(rows, full_matrices=False)
     kept = singular > 1e-6 * singular[0]
     left, singular, right = left[:, kept], singular[kept], right[kept]
     target, directions = (left.T @ values) / singular, right @ atoms.T
+    powers = [singular / (singular.square() + tau * singular.square().mean()).sqrt() for tau in FILTERS]
+    problems = [(power[:, None] * directions, power * target) for power in powers]
+    if token is not None:
+        problems.append((atoms.T.contiguous(), token.double()))
     found: dict[tuple[int, ...], Tensor] = {}
-    for tau in FILTERS:
-        power = singular / (singular.square() + tau * singular.square().mean()).sqrt()
-        for solution in sparse_solutions(power[:, None] * directions, power * target, count, PENALTIES):
+    wanted = torch.zeros(len(atoms))
+    for matrix, goal in problems:
+        for weights, solution in sparse_solutions(matrix, goal, count, PENALTIES):
             found.setdefault(tuple(solution.nonzero()[:, 0].tolist()), solution)
-    return list(found.values())
+            wanted += weights + solution
+    return list(found.values()), wanted
 
 
-def sparse_solutions(matrix: Tensor, target: Tensor, count: int, penalties: Sequence[float]) -> Iterator[Tensor]:
-    """Weights x >= 0 with sum 1 and at most ``count`` non-zeros, float32, along whose ray matrix @ x comes near ``target``.
+def sparse_solutions(matrix: Tensor, target: Tensor, count: int, penalties: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weights x >= 0 with sum 1, float32, along whose ray matrix @ x comes near ``target``: of the lasso, and of ``count`` columns.
 
-    One per l1 penalty: the largest weights of the lasso, after exchanging columns while that helps.
+    One pair per l1 penalty; the second is fitted to the largest weights of the first after exchanging columns while that helps.
     """
     for weights in _lasso_path(matrix, target, penalties):
         support = exchange(matrix, target, weights.topk(min(count, len(weights))).indices.tolist())
         solution = torch.zeros(matrix.shape[1], dtype=torch.double)
         solution[support] = small_nnls(matrix[:, support], target)
         if float(solution.sum()) > 0:
-            yield (solution / solution.sum()).float()
+            yield (weights / weights.sum()).float(), (solution / solution.sum()).float()
 
 
 def _lasso_path(matrix: Tensor, target: Tensor, penalties: Sequence[float], steps: int = 400) -> Iterator[Tensor]:

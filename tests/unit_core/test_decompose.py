@@ -333,8 +333,9 @@ def test_proposals_contain_a_sparse_truth_that_dominant_directions_hide() -> Non
     rotation = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q
     rows = torch.randn(96, 48, generator=generator) @ torch.diag(torch.logspace(0, -3, 48)) @ rotation
     target = weights @ atoms + 0.3 * rotation[-1]
-    options = proposals(rows, rows @ target, atoms, 6)
+    options, wanted = proposals(rows, rows @ target, atoms, None, 6)
     assert all(float(option.sum()) == pytest.approx(1) and bool((option >= 0).all()) and int((option > 0).sum()) <= 6 for option in options)
+    assert {5, 50, 150, 250} <= set(wanted.topk(12).indices.tolist())
     best = min(options, key=lambda option: float((option - weights).abs().sum()))
     assert set(best.topk(4).indices.tolist()) == {5, 50, 150, 250} and float((best - weights).abs().max()) < 0.05
 
