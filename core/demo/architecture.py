@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .scorer import Scorer
+from ..hosts.scorer import Scorer
 
 WIDTH = 96
 """Width of the text encoder, which is unique among the layouts hosts know: they recognise the model by it."""

@@ -22,9 +22,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from ..hosts.scorer import READ_SIDE
 from . import architecture, render
 from .latent import latent_code
-from .scorer import READ_SIDE
 from .world import Caption, World, second_world, shapes_world
 
 log = logging.getLogger("conceptkit.demo")

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..artifact import KEY
-from ..demo.scorer import Scorer
 from ..model import UnsupportedModel
+from .scorer import Scorer
 
 StateDict: TypeAlias = dict[str, Tensor]
 

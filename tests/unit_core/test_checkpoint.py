@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conceptkit.core.demo.scorer import Scorer
+from conceptkit.core.hosts.scorer import Scorer
 from conceptkit.core.hosts import checkpoint
 from conceptkit.core.model import UnsupportedModel
 from diffusers import AutoencoderTiny, UNet2DConditionModel

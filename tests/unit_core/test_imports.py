@@ -20,6 +20,7 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths",
 INSIDES = HOST - {"comfy_api", "folder_paths"}
 ABOVE = {"bench", "cli", "demo", "hosts"}
 """What stands on the methods; no method may know of it."""
+KNOW_THE_DEMO = {Path("core/demo"), Path("core/bench"), Path("core/cli.py"), Path("nodes/demo_model.py")}
 SLOW = {"diffusers", "matplotlib", "scipy", "transformers", "typer"}
 MODULES = sorted(path.relative_to(ROOT) for top in ("core", "nodes") for path in (ROOT / top).rglob("*.py"))
 METHODS = [m for m in MODULES if m.parts[0] == "core" and m.with_suffix("").parts[1] not in ABOVE]
@@ -82,6 +83,11 @@ def test_core_knows_no_host_and_no_node(module):
 @pytest.mark.parametrize("module", METHODS, ids=str)
 def test_methods_know_nothing_above_them(module):
     assert not [target for target in relative(module) if target[1] in ABOVE]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not KNOW_THE_DEMO & {m, *m.parents}], ids=str)
+def test_the_demo_is_a_model_like_any_other(module):
+    assert not [target for target in relative(module) if target[:2] == ("core", "demo")]
 
 
 @pytest.mark.parametrize("module", METHODS + [m for m in MODULES if m.parts[0] == "nodes"], ids=str)

@@ -1,4 +1,4 @@
-"""The demo model's image scorer: a small convolutional picture tower beside the text encoder, as CLIP-L serves SD 1.x twice."""
+"""The image scorer a checkpoint in the demo's layout may carry: a picture tower beside the text encoder, as CLIP-L serves SD 1.x twice."""
 
 from __future__ import annotations
 
