@@ -176,7 +176,7 @@ def _decompose(
     size: int | None = None,
 ) -> Decomposition:
     from . import chart
-    from .decompose import Settings, decompose_concept
+    from .decompose import decompose_concept
 
     start = time.perf_counter()
     side = _side(model, size)
@@ -190,7 +190,7 @@ def _decompose(
             seed=seed,
             height=side,
             width=side,
-            settings=Settings(guidance=guidance),
+            settings={"guidance": guidance},
             on_step=bar,
         )
     seconds = time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Taking a concept apart into a few weighted vocabulary words."""
 
-from .distilled import Settings, decompose_concept
+from .decompose import METHODS, decompose_concept
+from .distilled import Settings
 from .result import Attempt, Decomposition, Fidelity, LevelR2
 
-__all__ = ["Attempt", "Decomposition", "Fidelity", "LevelR2", "Settings", "decompose_concept"]
+__all__ = ["METHODS", "Attempt", "Decomposition", "Fidelity", "LevelR2", "Settings", "decompose_concept"]

@@ -7,20 +7,20 @@ sum_s ||eps(x_s, alpha) - eps(x_s, concept)||^2 carries no noise and vanishes wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from ..model import Conditioning, Model, Prompt, Slot
-from ..progress import OnStep, silent
-from ..vocabulary import candidates as choose_candidates
-from ..vocabulary import embeddings, is_known
+from ..model import Conditioning
+from .fidelity import by_level, explained
 from .mixture import Mixture, SimplexDescent
-from .result import RELIABLE_R2, Attempt, Decomposition, Fidelity, LevelR2, fill, split_template
+from .result import RELIABLE_R2, Attempt, Decomposition, Fidelity, fill
 from .sparse import proposals, small_nnls, sparse_solutions
 from .states import States, distances, harvest
+from .task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -54,101 +54,38 @@ class Settings:
     batch: int = 8
 
 
-def decompose_concept(
-    model: Model,
-    concept: str | Slot,
-    *,
-    template: str = "a photo of a {}",
-    words: int = 5,
-    candidates: Iterable[str] | None = None,
-    limit: int = 1000,
-    exclude: Iterable[str] = (),
-    keep_concept: bool = False,
-    seed: int = 0,
-    height: int = 512,
-    width: int = 512,
-    settings: Settings = Settings(),
-    on_step: OnStep = silent,
-) -> Decomposition:
-    """Take ``concept`` (a word, a phrase, or a learnt token as a slot) apart into at most ``words`` weighted vocabulary words.
-
-    candidates: the words to choose from, else the model's own ``words``, else the ``limit`` whole words nearest to the concept; the concept
-    itself and its near-copies are left out unless ``keep_concept``. height, width: of the pictures sampled, in pixels. ``on_step`` counts
-    evals. Deterministic: all randomness comes from ``seed``. The base model is only read.
-
-    Look at ``r2`` before believing the words: it is measured on pictures that the fit did not see.
-
-    Raises ValueError for a concept that is empty or unknown to the tokenizer, a template without ``{}``, too many tokens, or no
-    candidates; whatever ``Model.denoise`` and ``on_step`` raise.
-    """
-    split_template(template)
-    if words < 1:
-        raise ValueError(f"ask for at least 1 word, got {words}")
-    cells = [side // model.denoiser.downscale for side in (height, width)]
-    if min(cells) < 1:
-        raise ValueError(f"pictures of {width}x{height} pixels are too small: the model needs at least {model.denoiser.downscale}")
-    name = concept.strip() if isinstance(concept, str) else None
-    if name is not None:
-        _check_concept(model, name)
-    listed = model.words if candidates is None else candidates
-    pool = choose_candidates(model.text, name, limit=limit, words=listed, exclude=exclude, keep_concept=keep_concept)
-    with torch.no_grad():
-        teacher: Prompt = fill(template, name if isinstance(concept, str) and name is not None else [concept])
-        target, empty = model.text.encode([teacher]).detach(), model.text.encode([""]).detach()
-    own = _own_token(model, concept)
-    return _Fit(model, Mixture.of(model, template, pool), target, empty, own, settings, seed, on_step).run(
-        name or "<pseudo-token>", words, cells[0], cells[1]
-    )
+BUDGETS: Mapping[str, Settings] = MappingProxyType({"default": Settings()})
+"""What may be spent, by name."""
 
 
-def _own_token(model: Model, concept: str | Slot) -> dict[str, Tensor] | None:
-    """The concept as one token per encoder, (1, width), or None when it is several."""
-    if not isinstance(concept, str):
-        rows = {name: row.detach().reshape(-1, row.shape[-1]) for name, row in concept.items()}
-        return {name: row.float() for name, row in rows.items()} if all(len(row) == 1 for row in rows.values()) else None
-    ids = model.text.tokenize(concept.strip())
-    return embeddings(model.text, ids) if len(ids) == 1 else None
-
-
-def _check_concept(model: Model, concept: str) -> None:
-    if not concept:
-        raise ValueError("the concept is empty: give a word or a phrase")
-    if not is_known(model.text, concept):
-        raise ValueError(f"no word of {concept!r} is known to the text encoder: check the spelling, or describe it in other words")
+def decompose_distilled(task: Task) -> Decomposition:
+    """Take the task's concept apart by matching the model's own predictions for it; ``Decomposition.r2`` says how far that got."""
+    return _Fit(task, task.choose(BUDGETS)).run()
 
 
 class _Fit:
     """One decomposition under way."""
 
-    def __init__(
-        self,
-        model: Model,
-        mixture: Mixture,
-        teacher: Conditioning,
-        empty: Conditioning,
-        own: dict[str, Tensor] | None,
-        settings: Settings,
-        seed: int,
-        on_step: OnStep,
-    ) -> None:
-        self.model, self.mixture, self.teacher, self.empty, self.own = model, mixture, teacher, empty, own
-        self.settings, self.seed, self.on_step = settings, seed, on_step
-        self.evals, self.calls = model.meter.evals, model.meter.calls
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, task: Task, settings: Settings) -> None:
+        self.task, self.model, self.settings, self.seed = task, task.model, settings, task.seed
+        self.mixture = Mixture.of(task.model, task.template, task.pool)
+        self.teacher, self.empty, self.own, self.on_step = task.teacher, task.empty, task.token, task.on_step
+        self.evals, self.calls = self.model.meter.evals, self.model.meter.calls
+        self.generator = torch.Generator().manual_seed(task.seed)
         pictures = settings.pictures + settings.heldout
         pursuit = 3 * settings.judged + settings.probed * (settings.screened + 6) + 16 * settings.judged
         self._planned = 2 * pictures * settings.steps + 3 * settings.rows + settings.pursuits * pursuit + 60 * settings.refined
 
-    def run(self, concept: str, words: int, height: int, width: int) -> Decomposition:
-        options = self.settings
+    def run(self) -> Decomposition:
+        options, concept = self.settings, self.task.name
         seeds = torch.randint(2**31, (options.pictures + options.heldout,), generator=self.generator).tolist()
         states = harvest(
             self.model,
             self.teacher,
             self.empty,
             seeds,
-            height=height,
-            width=width,
+            height=self.task.height,
+            width=self.task.width,
             steps=options.steps,
             guidance=options.guidance,
             on_step=self._report,
@@ -159,7 +96,7 @@ class _Fit:
                 f"the model ignores {concept!r}: its predictions equal those of the empty prompt, so there is nothing to explain"
             )
         judged = fitted[self._draw(fitted, options.judged)]
-        count = min(words, len(self.mixture))
+        count = min(self.task.words, len(self.mixture))
         attempts: list[Attempt] = []
         best: tuple[float, Tensor] | None = None
         for start, alpha in self._solutions(fitted, judged, count):
@@ -176,9 +113,9 @@ class _Fit:
         alpha = self._fewest(fitted, judged, alpha)
         per_state = distances(self.model, heldout, self.mixture.encode(alpha[None]))
         order = alpha.argsort(descending=True)[: int((alpha > 0).sum())]
-        importance = tuple(self._importance(heldout, alpha, order, _ratio(per_state, heldout)))
+        importance = tuple(self._importance(heldout, alpha, order, explained(per_state, heldout)))
         chosen, final = self.mixture.choose(order), alpha[order] / alpha.sum()
-        fidelity = Fidelity(_ratio(per_state, heldout), self._r2(judged, alpha), _levels(per_state, heldout), every)
+        fidelity = Fidelity(explained(per_state, heldout), self._r2(judged, alpha), by_level(per_state, heldout), every)
         evals, calls = self.model.meter.evals - self.evals, self.model.meter.calls - self.calls
         self.on_step(evals, evals, {"r2": fidelity.heldout})
         return Decomposition(
@@ -336,7 +273,7 @@ class _Fit:
             conditioning = self.mixture.encode(alphas)
             scores = []
             for index in range(len(alphas)):
-                scores.append(_ratio(distances(self.model, states, _row(conditioning, index)), states))
+                scores.append(explained(distances(self.model, states, _row(conditioning, index)), states))
                 self._report(metrics={"r2": scores[-1]})
         return torch.tensor(scores)
 
@@ -401,18 +338,3 @@ def _strongest(alpha: Tensor, count: int) -> Tensor:
     largest = alpha.topk(min(count, len(alpha))).indices
     kept[largest] = alpha[largest]
     return kept / kept.sum()
-
-
-def _ratio(distance: Tensor, states: States) -> float:
-    return 1 - float(distance.sum() / states.gap.sum())
-
-
-def _levels(distance: Tensor, states: States) -> tuple[LevelR2, ...]:
-    """R2 from the noisiest third of the sampler's steps to the cleanest."""
-    sigmas = torch.tensor(sorted(set(states.sigma.tolist()), reverse=True), device=states.sigma.device)
-    bins = [part for part in sigmas.tensor_split(3) if len(part)]
-    rows = [(states.sigma >= part.min()) & (states.sigma <= part.max()) for part in bins]
-    return tuple(
-        LevelR2(float(part.min()), float(part.max()), 1 - float(distance[row].sum() / states.gap[row].sum()))
-        for part, row in zip(bins, rows, strict=True)
-    )

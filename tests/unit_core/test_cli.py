@@ -55,9 +55,7 @@ def test_sample(run: Run, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = decompose.Settings(
-        pictures=1, heldout=1, steps=2, judged=2, rows=4, pursuits=1, screened=4, probed=1, refined=2, descent=1, batch=2
-    )
+    quick = dict(pictures=1, heldout=1, steps=2, judged=2, rows=4, pursuits=1, screened=4, probed=1, refined=2, descent=1, batch=2)
     whole = decompose.decompose_concept
     monkeypatch.setattr(
         decompose, "decompose_concept", lambda *given, **options: whole(*given, **options | {"settings": quick, "limit": 8})

@@ -106,7 +106,7 @@ def planted(model: Model, words: Sequence[str], weights: Sequence[float]) -> Slo
 
 
 def take_apart(model: Model, concept: str | Slot, **options: object) -> Decomposition:
-    options = {"candidates": NAMES, "height": 32, "width": 32, "settings": SMALL, **options}
+    options = {"candidates": NAMES, "height": 32, "width": 32, "settings": vars(SMALL), **options}
     return decompose_concept(model, concept, **options)  # type: ignore[arg-type]
 
 
@@ -209,7 +209,7 @@ def test_a_phrase_is_taken_apart_too_without_its_own_words() -> None:
 
 def test_a_search_that_fails_falls_back_and_says_so() -> None:
     """Two candidates that have nothing to do with the concept: nothing explains it, and the result does not claim to."""
-    found = take_apart(world(), "wah", candidates=["wai", "waj"], settings=Settings(**{**vars(SMALL), "pursuits": 1, "descent": 4}))
+    found = take_apart(world(), "wah", candidates=["wai", "waj"], settings={**vars(SMALL), "pursuits": 1, "descent": 4})
     assert not found.reliable and "do not explain" in found.summary()
     assert [attempt.start for attempt in found.attempts][-1] == "descent" and len(found.attempts) == 2 and found.r2 < ENOUGH
 

@@ -1,0 +1,62 @@
+"""What is asked of a method: one concept in one template, and the words it may be taken apart into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from ..model import Conditioning, Model, Slot
+from ..progress import OnStep, silent
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
+
+Budget: TypeAlias = Literal["fast", "default", "thorough"]
+Select: TypeAlias = Literal["scorer", "r2"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Checked input of a method.
+
+    concept: the word, phrase or slot; ``name``: what to call it. pool: candidate words and their token ids. teacher, empty: the
+    conditioning of the concept's own prompt and of the empty one, batch 1. token: the concept as one token per encoder, (1, width),
+    or None when it is several. height, width: latent cells. excluded: what was kept out of the pool, in one phrase. settings: single
+    settings of the method that replace its budget's.
+    """
+
+    model: Model
+    concept: str | Slot
+    name: str
+    template: str
+    words: int
+    pool: Mapping[str, int]
+    excluded: str
+    teacher: Conditioning
+    empty: Conditioning
+    token: Mapping[str, Tensor] | None
+    height: int
+    width: int
+    seed: int = 0
+    budget: str = "default"
+    settings: Mapping[str, float] = field(default_factory=dict)
+    select: str = "scorer"
+    checkpoint: Path | None = None
+    on_step: OnStep = silent
+
+    def choose(self, budgets: Mapping[str, Settings]) -> Settings:
+        """The method's settings for this task's budget. Raises ValueError for a budget or a setting the method does not know."""
+        if self.budget not in budgets:
+            raise ValueError(f"unknown budget {self.budget!r}: choose one of {', '.join(budgets)}")
+        chosen = budgets[self.budget]
+        known = [f.name for f in fields(chosen)]
+        unknown = sorted(set(self.settings) - set(known))
+        if unknown:
+            raise ValueError(f"this method has no setting {', '.join(unknown)}: choose from {', '.join(known)}")
+        return replace(chosen, **self.settings)
