@@ -194,7 +194,8 @@ class Run:
         if self.path.exists():
             saved = torch.load(self.path, weights_only=True, map_location=next(self.modules.parameters()).device)
             self.modules.load_state_dict(saved["modules"])
-            self.optimiser.load_state_dict(saved["optimiser"])
+            if "optimiser" in saved:
+                self.optimiser.load_state_dict(saved["optimiser"])
             self.average, self.step = saved["average"], saved["step"]
 
     def _rate(self) -> float:
@@ -297,6 +298,22 @@ def train_diffusion(
     return run
 
 
+def adopt(trained: Path, of: World, path: Path, world: World, *, seed: int) -> None:
+    """Start ``path``, a diffusion run of ``world``, from a finished one of another world: words they share keep their embeddings."""
+    average = dict(torch.load(trained, weights_only=True, map_location="cpu")["average"])
+    key = "text.encoder.embeddings.token_embedding.weight"
+    known = {token: row for row, token in enumerate(of.tokens)}
+    old = average[key]
+    table = torch.randn((len(world.tokens) + 2, old.shape[1]), generator=torch.Generator().manual_seed(seed)) * old.std()
+    for row, token in enumerate(world.tokens):
+        if token in known and of.words.get(token) == world.words.get(token):
+            table[row] = old[known[token]]
+    table[-2:] = old[-2:]
+    average[key] = table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save({"modules": average, "average": average, "step": 0}, path)
+
+
 def train_scorer(pairs: Pairs, diffusion: Path, tokens: int, path: Path, *, steps: int, batch: int, seed: int, device: torch.device) -> Run:
     """The scorer alone against the finished text encoder."""
     average = torch.load(diffusion, weights_only=True, map_location=device)["average"]
@@ -371,9 +388,12 @@ def full_table(world: World, compact: Tensor, vocabulary: Mapping[str, int], *, 
     return table
 
 
-def export(world: World, runs: Path, target: Path, card: Mapping[str, Any]) -> None:
-    """Write the averaged networks of a run folder as one fp16 file in the single-file layout, with the architecture in its header."""
-    from ..hosts.checkpoint import to_single_file
+def export(world: World, runs: Path, target: Path, beside: Path | None = None) -> None:
+    """Write the averaged networks of a run folder as one fp16 file in the single-file layout, with the architecture in its header.
+
+    With ``beside``, a finished file in the same folder, only what differs from it is written.
+    """
+    from ..hosts.checkpoint import read_single_file, stand_beside, to_single_file
 
     diffusion = torch.load(runs / "diffusion.pt", weights_only=True, map_location="cpu")["average"]
     autoencoder = torch.load(runs / "autoencoder.pt", weights_only=True, map_location="cpu")["average"]
@@ -397,13 +417,15 @@ def export(world: World, runs: Path, target: Path, card: Mapping[str, Any]) -> N
         "scorer": {"width": architecture.WIDTH},
         "world": world.name,
         "words": list(world.words),
-        **card,
     }
     from ..artifact import write
 
     fresh = target.with_suffix(".new")
     fresh.unlink(missing_ok=True)
-    write(fresh, {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, header)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    if beside is not None:
+        state, header = stand_beside(state, read_single_file(beside)[0]), {**header, "beside": beside.name}
+    write(fresh, state, header)
     os.replace(fresh, target)
 
 
@@ -422,7 +444,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--adopt", type=Path, help="stage 'diffusion' of another world: run folder of the Shapes world to start from")
     parser.add_argument("--out", type=Path, help="target file of the stage 'export'")
+    parser.add_argument("--beside", type=Path, help="stage 'export': write only what differs from this file in the target's folder")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     world, device = WORLDS[options.world](), torch.device(options.device)
@@ -440,6 +464,8 @@ def main() -> None:
         )
     elif options.stage == "diffusion":
         pairs = Pairs(options.runs / "pairs", device)
+        if options.adopt and not (options.runs / "diffusion.pt").exists():
+            adopt(options.adopt / "diffusion.pt", shapes_world(), options.runs / "diffusion.pt", world, seed=options.seed)
         train_diffusion(
             pairs,
             len(world.tokens),
@@ -454,7 +480,7 @@ def main() -> None:
             pairs, options.runs / "diffusion.pt", len(world.tokens), options.runs / "scorer.pt", steps=options.steps or 2000, **common
         )
     else:
-        export(world, options.runs, options.out or Path(__file__).parent / "data" / "shapes.safetensors", {})
+        export(world, options.runs, options.out or Path(__file__).parent / "data" / f"{options.world}.safetensors", options.beside)
 
 
 if __name__ == "__main__":

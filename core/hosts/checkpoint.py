@@ -27,6 +27,9 @@ from .scorer import Scorer
 StateDict: TypeAlias = dict[str, Tensor]
 
 UNET, TEXT, SCORER = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "conceptkit_scorer."
+TABLE = TEXT + "embeddings.token_embedding.weight"
+ROWS = TEXT + "embeddings.token_embedding.rows"
+"""In a file that stands beside another: the numbers of the token table's rows it replaces; ``TABLE`` then holds those rows alone."""
 VAE, VAE_ENCODER, VAE_DECODER = "first_stage_model.", "first_stage_model.taesd_encoder.", "first_stage_model.taesd_decoder."
 
 _RESNET = {
@@ -211,6 +214,45 @@ def read_single_file(path: str | Path, prefix: str = "") -> tuple[StateDict, dic
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} has a damaged header: fetch or export it again")
     return tensors, header
+
+
+def read_checkpoint(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
+    """All tensors of a checkpoint in the demo's layout, and its header.
+
+    One whose header names another file under ``beside`` holds only what differs from that file, which lies in the same folder.
+    Raises as ``read_single_file``, UnsupportedModel for a file that is no demo checkpoint, and ValueError where the two do not fit.
+    """
+    path = Path(path)
+    tensors, header = read_single_file(path)
+    if (header.get("format"), header.get("version")) != ("conceptkit-demo", 1):
+        raise UnsupportedModel(f"{path.name} is not a demo checkpoint: convert other single files to a diffusers folder and give that")
+    beside = header.get("beside")
+    if beside is None:
+        return tensors, header
+    if not isinstance(beside, str) or Path(beside).name != beside:
+        raise ValueError(f"{path.name} has a damaged header: fetch or export it again")
+    base, _ = read_single_file(path.with_name(beside))
+    rows, replaced, table = tensors.pop(ROWS, None), tensors.get(TABLE), base.get(TABLE)
+    if rows is not None:
+        if (
+            replaced is None
+            or table is None
+            or rows.dtype != torch.int64
+            or replaced.shape != (*rows.shape, *table.shape[1:])
+            or bool(((rows < 0) | (rows >= len(table))).any())
+        ):
+            raise ValueError(f"the token rows in {path.name} do not fit {beside}: fetch or export both again")
+        tensors[TABLE] = table.index_copy(0, rows, replaced.to(table))
+    return base | tensors, header
+
+
+def stand_beside(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> StateDict:
+    """What of a state dict in the single-file layout differs from ``base``: what ``read_checkpoint`` completes again."""
+    differs = {key: value for key, value in state.items() if key not in base or not torch.equal(value, base[key])}
+    if TABLE in differs and TABLE in base:
+        rows = (differs[TABLE] != base[TABLE]).any(1).nonzero()[:, 0]
+        differs |= {TABLE: differs[TABLE][rows], ROWS: rows}
+    return differs
 
 
 def read_scorer(path: str | Path) -> Scorer:

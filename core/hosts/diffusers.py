@@ -22,13 +22,15 @@ from torch.nn import functional
 
 from ..model import Conditioning, Family, Model, Prompt, Slot, UnsupportedModel
 from ..score import JointScorer
-from .checkpoint import assign_weights, first_line, from_single_file, read_single_file, scorer_network
+from .checkpoint import assign_weights, first_line, from_single_file, read_checkpoint, scorer_network
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "data"
+DEMOS = {"demo": "shapes.safetensors", "demo-second": "second.safetensors"}
+"""The models that come with the project: of the Shapes world, and of a second world in the same looks."""
 LENGTH = 77
 """Tokens a CLIP text encoder reads, start and end included."""
 
@@ -274,15 +276,15 @@ class DiffusersAutoencoder:
 
 
 def load_model(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """The model behind ``source``: ``"demo"``, a local diffusers pipeline folder, or a single file in the demo's layout.
+    """The model behind ``source``: one of ``DEMOS``, a local diffusers pipeline folder, or a single file in the demo's layout.
 
     dtype: what UNet and autoencoder compute in, float32 unless given (an autoencoder marked ``force_upcast`` stays in float32, and so do
     text encoders). All weights are frozen; no global random state is touched. Raises FileNotFoundError, UnsupportedModel for another
     family, or ValueError for files that are damaged or do not belong together.
     """
     dtype = dtype or torch.float32
-    if source == "demo":
-        return _load_single(DEMO / "shapes.safetensors", "demo", torch.device(device), dtype)
+    if source in DEMOS:
+        return _load_single(DEMO / DEMOS[str(source)], str(source), torch.device(device), dtype)
     path = Path(source)
     if path.is_file():
         return _load_single(path, path.stem, torch.device(device), dtype)
@@ -296,9 +298,7 @@ def _load_single(path: Path, name: str, device: torch.device, dtype: torch.dtype
     from diffusers import AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tensors, header = read_single_file(path)
-    if header.get("format") != "conceptkit-demo" or header.get("version") != 1:
-        raise UnsupportedModel(f"{path.name} is not a demo checkpoint: convert other single files to a diffusers folder and give that")
+    tensors, header = read_checkpoint(path)
     unet_sd, text_sd, vae_sd, scorer_sd = from_single_file(tensors)
     try:
         with torch.device("meta"):  # names and shapes are checked before anything of a header's size is allocated

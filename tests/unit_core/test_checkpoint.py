@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conceptkit.core.hosts.scorer import Scorer
 from conceptkit.core.hosts import checkpoint
+from conceptkit.core.hosts.scorer import Scorer
 from conceptkit.core.model import UnsupportedModel
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
@@ -145,3 +145,33 @@ def test_a_scorer_of_other_sizes_than_promised_is_refused(tmp_path: Path, header
 def test_a_file_without_a_scorer_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     with pytest.raises(UnsupportedModel, match=r"a\.safetensors holds no image scorer.*choose shapes\.safetensors"):
         checkpoint.read_scorer(scorer_file(tmp_path / "a.safetensors", **change))
+
+
+def beside(folder: Path, rows: torch.Tensor, name: object = "base.safetensors", **more: torch.Tensor) -> Path:
+    header = {"format": "conceptkit-demo", "version": 1}
+    save_file({checkpoint.TABLE: torch.zeros(6, 2), "kept": torch.ones(3)}, folder / "base.safetensors", {"conceptkit": json.dumps(header)})
+    path = folder / "other.safetensors"
+    save_file({checkpoint.ROWS: rows, **more}, path, {"conceptkit": json.dumps({**header, "beside": name})})
+    return path
+
+
+def test_a_file_beside_another_holds_what_differs(tmp_path: Path) -> None:
+    base = {checkpoint.TABLE: torch.zeros(6, 2), "kept": torch.ones(3), "changed": torch.ones(1)}
+    other = {**base, checkpoint.TABLE: torch.zeros(6, 2).index_fill(0, torch.tensor([1, 4]), 2.0), "changed": torch.zeros(1)}
+    differs = checkpoint.stand_beside(other, base)
+    assert differs.keys() == {checkpoint.TABLE, checkpoint.ROWS, "changed"}
+    assert differs[checkpoint.TABLE].shape == (2, 2)
+    path = beside(tmp_path, differs.pop(checkpoint.ROWS), **differs)
+    whole, _ = checkpoint.read_checkpoint(path)
+    assert whole.keys() == base.keys()
+    assert all(torch.equal(whole[key], other[key]) for key in other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [([0, 6], "base.safetensors"), ([-1, 0], "base.safetensors"), ([0], "base.safetensors"), ([0, 1], "../base.safetensors"), ([0, 1], 3)],
+)
+def test_a_file_that_does_not_fit_the_one_beside_it_is_refused(tmp_path: Path, rows: list[int], name: object) -> None:
+    path = beside(tmp_path, torch.tensor(rows), name, **{checkpoint.TABLE: torch.ones(2, 2)})
+    with pytest.raises(ValueError, match="export"):
+        checkpoint.read_checkpoint(path)
