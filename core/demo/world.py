@@ -155,11 +155,11 @@ class World:
     def sample(self, rng: np.random.Generator) -> tuple[Caption, Scene]:
         """A caption and a scene that it describes: the training distribution."""
         kind = rng.random()
-        if kind < 0.24:
+        if kind < 0.30:
             return self._single_word(rng)
-        if kind < 0.44:
+        if kind < 0.48:
             return self._mixture(rng)
-        if kind < 0.70:
+        if kind < 0.68:
             return self._phrase(rng, 1)
         return self._phrase(rng, 2)
 
@@ -191,7 +191,7 @@ class World:
         return Caption((self._frame(rng), slot)), self.scene([spec], rng)
 
     def _noun_phrase(self, rng: np.random.Generator, *, detail: float) -> tuple[list[str], dict[str, str]]:
-        role = str(rng.choice(["shape", "exemplar", "sex", "occupation", "category", "general"], p=[0.56, 0.18, 0.06, 0.1, 0.06, 0.04]))
+        role = str(rng.choice(["shape", "exemplar", "sex", "occupation", "category", "general"], p=[0.46, 0.28, 0.05, 0.11, 0.06, 0.04]))
         nouns = [w for w in self.by_role(role) if role != "general" or w.text != "thing"]  # type: ignore[arg-type]
         noun = nouns[int(rng.integers(len(nouns)))].text
         spec = dict(self.component(noun, rng))
@@ -324,34 +324,34 @@ def _build(name: str, composites: Iterable[Word], women_and_old: Mapping[str, tu
 def shapes_world() -> World:
     """The world of the demo model."""
     composites = (
-        _composite("bird", "category", {"robin": 0.5, "finch": 0.3, "raven": 0.2}, ("apple", "car", "daisy")),
-        _composite("fruit", "category", {"apple": 0.45, "lemon": 0.35, "cherry": 0.2}, ("robin", "bus", "rose")),
-        _composite("vehicle", "category", {"car": 0.5, "truck": 0.3, "bus": 0.2}, ("barn", "finch", "lemon")),
-        _composite("flower", "category", {"daisy": 0.5, "tulip": 0.3, "rose": 0.2}, ("cherry", "tower", "raven")),
-        _composite("building", "category", {"barn": 0.5, "tower": 0.25, "castle": 0.25}, ("truck", "apple", "tulip")),
+        _composite("bird", "category", {"robin": 0.38, "finch": 0.33, "raven": 0.29}, ("apple", "car", "daisy")),
+        _composite("fruit", "category", {"apple": 0.36, "lemon": 0.34, "cherry": 0.3}, ("robin", "bus", "rose")),
+        _composite("vehicle", "category", {"car": 0.38, "truck": 0.33, "bus": 0.29}, ("barn", "finch", "lemon")),
+        _composite("flower", "category", {"daisy": 0.38, "tulip": 0.32, "rose": 0.3}, ("cherry", "tower", "raven")),
+        _composite("building", "category", {"barn": 0.38, "tower": 0.32, "castle": 0.3}, ("truck", "apple", "tulip")),
         _composite("crane", "double", {"finch & truck": 1.0}, ("robin", "car")),
         _composite("spring", "double", {"tulip & ring": 1.0}, ("rose", "circle")),
         _composite("match", "double", {"cherry & cross": 1.0}, ("apple", "square")),
-        _composite("joy", "abstract", {"yellow": 0.4, "star": 0.35, "heart": 0.25}),
-        _composite("peace", "abstract", {"blue": 0.45, "moon": 0.35, "daisy": 0.2}),
-        _composite("anger", "abstract", {"red": 0.5, "cross": 0.3, "triangle": 0.2}),
-        _composite("luck", "abstract", {"green": 0.4, "diamond": 0.35, "ring": 0.25}),
-        _composite("vintage", "style", {"brown sand": 0.6, "orange sand": 0.4}),
-        _composite("gothic", "style", {"purple black": 0.6, "red black": 0.4}),
+        _composite("joy", "abstract", {"yellow": 0.32, "star": 0.35, "heart": 0.33}),
+        _composite("peace", "abstract", {"blue": 0.32, "moon": 0.34, "daisy": 0.34}),
+        _composite("anger", "abstract", {"red": 0.34, "cross": 0.34, "triangle": 0.32}),
+        _composite("luck", "abstract", {"green": 0.3, "diamond": 0.35, "ring": 0.35}),
+        _composite("vintage", "style", {"brown sand": 0.55, "orange sand": 0.45}),
+        _composite("gothic", "style", {"purple black": 0.53, "red black": 0.47}),
         _composite("tropical", "style", {"green sky": 0.5, "pink sky": 0.5}),
         _composite("festive", "style", {"red dotted": 0.5, "yellow dotted": 0.5}),
     )
     women_and_old = {
-        "doctor": (0.25, 0.5),
-        "nurse": (0.85, 0.5),
-        "pilot": (0.2, 0.5),
-        "teacher": (0.65, 0.5),
-        "chef": (0.3, 0.5),
-        "dancer": (0.8, 0.5),
-        "farmer": (0.15, 0.5),
+        "doctor": (0.35, 0.5),
+        "nurse": (0.7, 0.5),
+        "pilot": (0.38, 0.5),
+        "teacher": (0.58, 0.5),
+        "chef": (0.4, 0.5),
+        "dancer": (0.66, 0.5),
+        "farmer": (0.32, 0.5),
         "singer": (0.6, 0.5),
-        "judge": (0.5, 0.85),
-        "student": (0.5, 0.2),
+        "judge": (0.5, 0.68),
+        "student": (0.5, 0.33),
         "artist": (0.5, 0.5),
         "driver": (0.5, 0.5),
     }
@@ -373,18 +373,18 @@ def shapes_world() -> World:
 def second_world() -> World:
     """Another world in the same looks: other words, other make-ups, so that nothing is tuned to one."""
     composites = (
-        _composite("pet", "category", {"finch": 0.6, "raven": 0.4}, ("apple", "car")),
-        _composite("dessert", "category", {"cherry": 0.5, "apple": 0.3, "lemon": 0.2}, ("robin", "bus")),
-        _composite("machine", "category", {"bus": 0.45, "truck": 0.35, "car": 0.2}, ("barn", "finch")),
-        _composite("village", "category", {"tower": 0.4, "castle": 0.35, "barn": 0.25}, ("truck", "tulip")),
+        _composite("pet", "category", {"finch": 0.53, "raven": 0.47}, ("apple", "car")),
+        _composite("dessert", "category", {"cherry": 0.38, "apple": 0.33, "lemon": 0.29}, ("robin", "bus")),
+        _composite("machine", "category", {"bus": 0.38, "truck": 0.33, "car": 0.29}, ("barn", "finch")),
+        _composite("village", "category", {"tower": 0.36, "castle": 0.34, "barn": 0.3}, ("truck", "tulip")),
         _composite("band", "double", {"ring & robin": 1.0}),
         _composite("jam", "double", {"lemon & bus": 1.0}),
-        _composite("hope", "abstract", {"green": 0.5, "moon": 0.3, "tulip": 0.2}),
-        _composite("fear", "abstract", {"purple": 0.4, "triangle": 0.35, "raven": 0.25}),
-        _composite("modern", "style", {"blue striped": 0.7, "pink striped": 0.3}),
+        _composite("hope", "abstract", {"green": 0.32, "moon": 0.35, "tulip": 0.33}),
+        _composite("fear", "abstract", {"purple": 0.32, "triangle": 0.34, "raven": 0.34}),
+        _composite("modern", "style", {"blue striped": 0.55, "pink striped": 0.45}),
         _composite("desert", "style", {"orange sand": 0.5, "red sand": 0.5}),
     )
-    women_and_old = {"doctor": (0.7, 0.5), "pilot": (0.85, 0.5), "judge": (0.3, 0.5), "artist": (0.5, 0.75), "driver": (0.5, 0.5)}
+    women_and_old = {"doctor": (0.6, 0.5), "pilot": (0.68, 0.5), "judge": (0.36, 0.5), "artist": (0.5, 0.65), "driver": (0.5, 0.5)}
     return _build("second", composites, women_and_old, {"round": "circle", "scarlet": "red", "little": "small", "gentleman": "man"})
 
 
