@@ -77,7 +77,6 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
     Writing what is already there changes nothing. Raises ArtifactError for a header without format and version or not JSON, for NaN or
     infinity, for a tensor type artifacts do not hold, and, unless ``overwrite``, for a path that holds something else.
     """
-    path = Path(path)
     _identity(header, "the header")
     for name, tensor in tensors.items():
         if name == "__metadata__" or not (name.isascii() and name.isprintable()):
@@ -86,6 +85,12 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
             raise ArtifactError(f"tensor {name!r} is {tensor.dtype}: convert it to float32, float16, bfloat16, int64 or bool")
         _finite(name, tensor, "nothing was written: look for the step that produced it")
     content = save({name: _owned(tensor) for name, tensor in tensors.items()}, {KEY: canonical(header)})
+    write_bytes(path, content, overwrite=overwrite)
+
+
+def write_bytes(path: str | Path, content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file completely or not at all; ArtifactError for a path that holds something else, unless ``overwrite``."""
+    path = Path(path)
     if not overwrite and path.exists():
         if path.read_bytes() == content:
             return

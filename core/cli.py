@@ -1,13 +1,16 @@
-"""``conceptkit …``: sample, decompose, and the demo, from a terminal."""
+"""``conceptkit …``: sample, decompose, verify, benchmarks and the demo, from a terminal."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from .bench.frame import Suite
     from .decompose import Decomposition
     from .demo.world import Word, World
     from .model import Conditioning, Model
@@ -27,9 +31,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="See what a diffusion model thinks a word is.",
 )
+bench = typer.Typer(no_args_is_help=True, help="Benchmarks on the demo model, whose concepts are known.")
+app.add_typer(bench, name="bench")
 
 DEMO_CONCEPTS = ("bird", "joy", "gothic")
 """What ``conceptkit demo`` decomposes: a word with several looks, one with two meanings at once, and an abstract mix."""
+
+WORD_PICTURES = 4
+"""Of each word alone."""
 
 _PIXELS = 8 * 128 * 128  # pixels sampled at once; a batch of 8 in the demo, single pictures of a real model
 
@@ -43,6 +52,17 @@ SideOption = Annotated[
     int | None, typer.Option("--size", min=8, help="Side of the square pictures; by default what the model was trained on.")
 ]
 DeviceOption = Annotated[str, typer.Option(help='Where the model runs: "cpu", "cuda", "mps".')]
+MethodName: TypeAlias = Literal["distilled", "conceptor", "text"]
+BudgetOption = Annotated[Literal["fast", "default", "thorough"], typer.Option(help="How much may be spent.")]
+JsonOption = Annotated[Path, typer.Option("--json", help="The file of the rows; made or replaced.")]
+ProfileOption = Annotated[Literal["quick", "full"], typer.Option(help="Minutes on two cores, or hours.")]
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=0, help="How many measure side by side, one thread each; by default one a core, at most 4.")
+]
+PartsOption = Annotated[
+    Path | None, typer.Option(help="The folder of single measurements, which a stopped run goes on from; by default beside the JSON.")
+]
+ShipOption = Annotated[bool, typer.Option("--ship", help="Store the baselines that were measured with the package.")]
 
 
 def main() -> None:
@@ -112,12 +132,25 @@ def decompose(
     model: ModelOption = "demo",
     template: Annotated[str, typer.Option(help="The prompt around the concept, with {} in its place.")] = "a photo of a {}",
     words: Annotated[int, typer.Option(min=1, help="At most so many words.")] = 5,
+    method: Annotated[MethodName, typer.Option(help="By the model's own predictions, as published, or from the text alone.")] = "distilled",
+    budget: BudgetOption = "default",
     candidates: Annotated[
         Path | None,
         typer.Option(
             help="A text file of words to choose from. By default the demo model's own words, else the nearest in the vocabulary."
         ),
     ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Choose from at most so many words, the nearest to the concept.")] = 1000,
+    exclude: Annotated[
+        Path | None, typer.Option(help="A text file of words to leave out, beside the concept itself and those left out by default.")
+    ] = None,
+    exclude_unsafe: Annotated[bool, typer.Option(help="Leave out slurs and personal names.")] = True,
+    keep_concept: Annotated[bool, typer.Option(help="Let the concept itself and its near-copies be among the words.")] = False,
+    select: Annotated[
+        Literal["scorer", "r2"],
+        typer.Option(help="What the conceptor method keeps the best by: the image scorer, or R2 where there is none."),
+    ] = "scorer",
+    checkpoint: Annotated[Path | None, typer.Option(help="A file that a stopped run continues from.")] = None,
     seeds: PicturesOption = 6,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the decomposition.")] = 0,
     steps: StepsOption = 20,
@@ -125,16 +158,108 @@ def decompose(
     size: SideOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Find the few vocabulary words a concept is made of: a chart, the numbers, and pictures of the concept beside its words'."""
-    pool = candidates.read_text("utf-8").split() if candidates else None
-    _decompose(_load(model, device), concept, out, pool, template, words, seed, range(seeds), steps, guidance, size)
+    """Find the few vocabulary words a concept is made of: chart, numbers, embedding, and pictures of the concept beside its words'."""
+    _decompose(
+        _load(model, device),
+        concept,
+        out,
+        _Drawing(range(seeds), steps, guidance, size),
+        template=template,
+        words=words,
+        method=method,
+        budget=budget,
+        candidates=candidates.read_text("utf-8").split() if candidates else None,
+        limit=limit,
+        exclude=exclude.read_text("utf-8").split() if exclude else (),
+        exclude_unsafe=exclude_unsafe,
+        keep_concept=keep_concept,
+        select=select,
+        checkpoint=checkpoint,
+        seed=seed,
+    )
+
+
+@app.command()
+def verify(
+    out: OutOption = Path("verify"),
+    model: ModelOption = "demo",
+    concepts: Annotated[list[str], typer.Option("--concept", help="A word to take apart; give it again for another.")] = ["bird", "joy"],  # noqa: B006
+    draws: Annotated[int, typer.Option(min=0, help="Planted mixtures to take apart, whose words are known.")] = 6,
+    budget: BudgetOption = "default",
+    seeds: PicturesOption = 4,
+    seed: SeedOption = 0,
+    steps: StepsOption = 20,
+    guidance: GuidanceOption = 4.0,
+    size: SideOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Check on one page whether taking words apart works on a model: planted recall, R2, cost, a decomposition or two."""
+    from . import chart
+    from .bench.verify import markdown
+    from .bench.verify import verify as measure
+
+    loaded = _load(model, device)
+    drawing = _Drawing(range(seeds), steps, guidance, size)
+    report = measure(
+        loaded, concepts, draws=draws, side=_side(loaded, size), budget=budget, seed=seed, on_part=lambda part: typer.echo(part, err=True)
+    )
+    picture = None
+    if loaded.autoencoder is not None and concepts:
+        rows = [row for found in report.concepts for row in _beside_its_words(loaded, found, drawing)]
+        labels = [label for found in report.concepts for label in (found.concept, _mixture(found))]
+        picture = "verify.png"
+        subtitle = "each concept above what its words draw, from the same noise"
+        chart.save(
+            out / picture, chart.picture_grid(rows, labels, [f"seed {n}" for n in drawing.seeds], title=loaded.name, subtitle=subtitle)
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    page = markdown(report, picture)
+    (out / "verify.md").write_text(page, "utf-8")
+    typer.echo(page)
+    typer.echo(f"The page and its pictures are in {out}.")
+
+
+@bench.command("decompose")
+def bench_decompose(
+    json_: JsonOption,
+    profile: ProfileOption = "quick",
+    model: Annotated[str, typer.Option(help='"demo", or a checkpoint in its layout.')] = "demo",
+    methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = "distilled,text,conceptor",
+    processes: ProcessesOption = None,
+    parts: PartsOption = None,
+    ship: ShipOption = False,
+) -> None:
+    """Measure decompositions where the answer is known: planted mixtures, and the composite words of the demo's worlds."""
+    from .bench.decompose import METHODS, DecomposeSuite
+    from .hosts.diffusers import DEMO, DEMOS
+
+    chosen = tuple(name.strip() for name in methods.split(","))
+    if not set(chosen) <= set(METHODS):
+        raise ValueError(f"there is no method {', '.join(sorted(set(chosen) - set(METHODS)))}: choose from {', '.join(METHODS)}")
+    second = "demo-second" if (DEMO / DEMOS["demo-second"]).is_file() else None
+    _bench(DecomposeSuite(profile, model, second, chosen), json_, parts, processes, ship)
+
+
+def _bench(suite: Suite, path: Path, parts: Path | None, processes: int | None, ship: bool) -> None:
+    """Run a suite, write its JSON, and say which bars are met."""
+    from .bench import frame
+
+    parts = parts or path.with_suffix(".parts")
+    count = min(os.cpu_count() or 1, 4) if processes is None else processes
+    report = frame.run(suite, parts, processes=count, say=typer.echo)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", "utf-8")
+    typer.echo(frame.summary(report))
+    typer.echo(f"rows in {path}; single measurements in {parts}")
+    if ship:
+        typer.echo(f"{frame.ship(suite, parts)} baseline measurements are stored with the package")
 
 
 @app.command()
 def world(
     out: OutOption = Path("world"), seed: SeedOption = 0, per_word: Annotated[int, typer.Option(min=1, help="Pictures a word.")] = 8
 ) -> None:
-    """Draw the demo model's world: pictures of every word, and what each is made of."""
+    """Draw the demo model's world: pictures of every word, and what each is made of; and write all that is known of it as JSON."""
     from . import chart
     from .demo.world import contact_sheet, shapes_world
 
@@ -143,75 +268,95 @@ def world(
     labels = [f"{word.text} ({word.role}): {_make_up(word)}".removesuffix(": ") for word in shapes.words.values()]
     subtitle = "rendered, not generated; beside each word its role and what it is made of"
     chart.save(out / "world.png", chart.picture_grid([list(row) for row in pictures], labels, title="The Shapes world", subtitle=subtitle))
+    (out / "world.json").write_text(json.dumps(shapes.describe(), indent=1) + "\n", "utf-8")
     for label in labels:
         typer.echo(label)
-    typer.echo(f"contact sheet in {out / 'world.png'}")
+    typer.echo(f"contact sheet and world file in {out}")
 
 
 @app.command()
 def demo(out: OutOption = Path("demo")) -> None:
-    """Decompose three concepts of the demo model and print what was found beside what is known."""
+    """Decompose three concepts of the demo model, draw them and their words, and print what was found beside what is known."""
     from .demo.world import shapes_world
 
     start = time.perf_counter()
     loaded, shapes = _load("demo", "cpu"), shapes_world()
-    found = {concept: _decompose(loaded, concept, out / concept) for concept in DEMO_CONCEPTS}
+    found = {concept: _decompose(loaded, concept, out / concept, _Drawing(range(6))) for concept in DEMO_CONCEPTS}
     typer.echo("")
     for concept, result in found.items():
         typer.echo(_beside(shapes, concept, result))
     typer.echo(f"\nCharts, numbers and pictures in {out}, after {time.perf_counter() - start:.0f} s.")
 
 
-def _decompose(
-    model: Model,
-    concept: str,
-    out: Path,
-    candidates: Sequence[str] | None = None,
-    template: str = "a photo of a {}",
-    words: int = 5,
-    seed: int = 0,
-    seeds: Sequence[int] = range(6),
-    steps: int = 20,
-    guidance: float = 4.0,
-    size: int | None = None,
-) -> Decomposition:
+@dataclass(frozen=True)
+class _Drawing:
+    """How pictures are drawn."""
+
+    seeds: Sequence[int]
+    steps: int = 20
+    guidance: float = 4.0
+    size: int | None = None
+
+
+def _decompose(model: Model, concept: str, out: Path, drawing: _Drawing, **options: Any) -> Decomposition:
+    """Take a concept apart with ``options`` of `decompose_concept`, and write everything that is known of it to ``out``."""
     from . import chart
     from .decompose import decompose_concept
 
     start = time.perf_counter()
-    side = _side(model, size)
+    side = _side(model, drawing.size)
     with _Bar(f"decomposing {concept!r}") as bar:
-        result = decompose_concept(
-            model,
-            concept,
-            template=template,
-            words=words,
-            candidates=candidates,
-            seed=seed,
-            height=side,
-            width=side,
-            settings={"guidance": guidance},
-            on_step=bar,
-        )
+        result = decompose_concept(model, concept, height=side, width=side, settings={"guidance": drawing.guidance}, on_step=bar, **options)
     seconds = time.perf_counter() - start
-    prompt = template.replace("{}", concept)
-    subtitle = f'"{prompt}", model {model.name}; R² {result.r2:.3f}'
+    subtitle = f'"{result.template.replace("{}", concept)}", model {model.name}; R² {result.r2:.3f}'
     chart.save(out / "chart.png", chart.share_bars(result.words, result.shares, result.importance, title=concept, subtitle=subtitle))
-    (out / "decomposition.json").write_text(json.dumps(_numbers(result), indent=2) + "\n", "utf-8")
+    (out / "decomposition.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+    result.save(out / "decomposition.safetensors", overwrite=True)
+    result.save_embedding(out / f"{_file_name(concept)}-words.safetensors", overwrite=True)
     if model.autoencoder is not None:
-        rows = [
-            _draw(model, conditioning, seeds, steps, guidance, size, f"drawing {label}")
-            for label, conditioning in (
-                (concept, model.text.encode([prompt])),
-                ("its words", result.apply(model.text)),
-            )
-        ]
-        labels = [concept, " + ".join(f"{share:.0%} {word}" for word, share in zip(result.words, result.shares, strict=True))]
-        sheet = chart.picture_grid(rows, labels, [f"seed {n}" for n in seeds], title=f"{concept} and its words", subtitle=subtitle)
-        chart.save(out / "pictures.png", sheet)
+        _draw_words(model, result, out, drawing, subtitle)
     typer.echo(result.summary())
-    typer.echo(f"{out}: chart, numbers and pictures; decomposed in {seconds:.0f} s")
+    typer.echo(f"{out}: chart, numbers, embedding and pictures; decomposed in {seconds:.0f} s")
     return result
+
+
+def _draw_words(model: Model, result: Decomposition, out: Path, drawing: _Drawing, subtitle: str) -> None:
+    """The concept above its words' mixture, and a sheet of what each word alone looks like."""
+    from . import chart
+
+    rows = _beside_its_words(model, result, drawing)
+    labels, columns = [result.concept, _mixture(result)], [f"seed {n}" for n in drawing.seeds]
+    title = f"{result.concept} and its words"
+    chart.save(out / "pictures.png", chart.picture_grid(rows, labels, columns, title=title, subtitle=subtitle))
+    few = _Drawing(drawing.seeds[:WORD_PICTURES], drawing.steps, drawing.guidance, drawing.size)
+    alone = [
+        _draw(model, model.text.encode([result.template.replace("{}", word)]), few.seeds, few.steps, few.guidance, few.size, word)
+        for word in result.words
+    ]
+    labels = [f"{word} {share:.0%}" for word, share in zip(result.words, result.shares, strict=True)]
+    columns = [f"seed {n}" for n in few.seeds]
+    chart.save(out / "words.png", chart.picture_grid(alone, labels, columns, title=f"the words of {result.concept}, each alone"))
+
+
+def _beside_its_words(model: Model, result: Decomposition, drawing: _Drawing) -> list[list[NDArray[np.uint8]]]:
+    """Two rows of pictures from the same noise: the concept, and the mixture of its words."""
+    conditionings = {
+        result.concept: model.text.encode([result.template.replace("{}", result.concept)]),
+        f"the words of {result.concept}": result.apply(model.text),
+    }
+    return [
+        _draw(model, conditioning, drawing.seeds, drawing.steps, drawing.guidance, drawing.size, f"drawing {label}")
+        for label, conditioning in conditionings.items()
+    ]
+
+
+def _mixture(result: Decomposition) -> str:
+    return " + ".join(f"{share:.0%} {word}" for word, share in zip(result.words, result.shares, strict=True))
+
+
+def _file_name(concept: str) -> str:
+    """The concept as part of a file name, which is also how an embedding is called in a prompt."""
+    return re.sub(r"[^\w-]+", "-", concept.strip().lower()).strip("-") or "concept"
 
 
 def _load(source: str, device: str) -> Model:
@@ -267,21 +412,6 @@ def _draw(
                 latents = run(model, conditioning, negative, noise, sigmas, guidance=guidance, on_step=bar)
             pictures += list((model.autoencoder.decode(latents) * 255).round().byte().movedim(1, -1).cpu().numpy())
     return pictures
-
-
-def _numbers(result: Decomposition) -> dict[str, Any]:
-    columns = zip(result.words, result.ids, result.shares, result.importance, strict=True)
-    return {
-        "concept": result.concept,
-        "template": result.template,
-        "model": result.model,
-        "method": result.method,
-        "seed": result.seed,
-        "words": [{"word": word, "id": id_, "share": share, "importance": lost} for word, id_, share, lost in columns],
-        "r2": result.r2,
-        "evals": result.evals,
-        "calls": result.calls,
-    }
 
 
 def _make_up(word: Word) -> str:

@@ -92,6 +92,14 @@ def is_known(text: TextEncoder, concept: str) -> bool:
     return False
 
 
+def token_of(text: TextEncoder, word: str) -> int:
+    """The id of the one whole token ``word`` is, whatever its case. Raises ValueError when it is none or several."""
+    index = text.vocabulary.get(word.strip().lower() + WORD_END)
+    if index is None:
+        raise ValueError(f"{word!r} is not a single token of this text encoder: choose a common single word")
+    return index
+
+
 def embeddings(text: TextEncoder, ids: Sequence[int]) -> dict[str, Tensor]:
     """Per text encoder the token embeddings of ``ids``: (len(ids), width), float32."""
     return {name: table[torch.as_tensor(ids, dtype=torch.long, device=table.device)] for name, table in text.tables.items()}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..model import Model, Prompt, Slot
 from ..progress import OnStep, silent
 from ..vocabulary import candidates as choose_candidates
 from ..vocabulary import embeddings, is_known
+from .clusters import clusters
 from .distilled import decompose_distilled
 from .result import Decomposition, fill, split_template
 from .task import Budget, Select, Task
@@ -91,7 +94,15 @@ def decompose_concept(
         checkpoint=checkpoint,
         on_step=on_step,
     )
-    return METHODS[method](task)
+    found = METHODS[method](task)
+    return replace(
+        found,
+        budget=budget,
+        size=(height, width),
+        excluded=task.excluded,
+        clusters=clusters(found.words, found.embeddings),
+        versions={"conceptkit": __version__, "torch": torch.__version__},
+    )
 
 
 def _own_token(model: Model, concept: str | Slot) -> dict[str, Tensor] | None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..artifact import ArtifactError, Header, Spec, content_hash, read, write, write_bytes
 from ..model import Conditioning, Prompt, TextEncoder
+from ..vocabulary import token_of
 
+FORMAT, VERSION = "conceptkit-decomposition", 1
 RELIABLE_R2 = 0.8
 """Held-out R2 from which a decomposition is taken to explain its concept."""
+_TEXT, _LIST = 4096, 65536  # the longest text and list a file may hold
+_EMBEDDING_KEYS = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}  # what ComfyUI calls the text encoders
 
 
 def split_template(template: str) -> tuple[str, str]:
@@ -75,9 +85,15 @@ class Decomposition:
     """A concept w* = normalised sum of ``alpha_i`` times the token embeddings of ``words``, strongest word first.
 
     ``alpha``: (words,), >= 0, sums to 1, float32, CPU. ``importance``: held-out R2 lost when a word is left out (the rest renormalised).
-    ``embeddings``: the words' token embeddings per text encoder, (words, width); ``norms``: the length w* is scaled to there.
-    ``seeds``: of the pictures fitted, ``heldout_seeds``: of those it was measured on. ``candidates``: how many words could be chosen.
-    Source: Chefer et al., "The Hidden Language of Diffusion Models", ICLR 2024, for the object; the model's own prediction is the target.
+    ``embeddings``: the words' token embeddings per text encoder, (words, width), float32; ``norms``: the length w* is scaled to there.
+    ``seeds``: of the pictures fitted, ``heldout_seeds``: of those it was measured on; ``size``: their height and width in pixels.
+    ``candidates``: how many words could be chosen, ``excluded``: which could not, in one phrase. ``clusters``: words that say nearly the
+    same, so that only their shares together mean much. ``selected``: what chose among several results of a method, if anything did.
+    ``edits``: how it was changed since; ``fidelity`` and ``importance`` are None then, as they are where nothing was measured.
+    ``versions``: of what computed it.
+
+    Raises ValueError when lengths disagree, weights are no point of the simplex, or the template lacks its ``{}``.
+    Source: Chefer et al., "The Hidden Language of Diffusion Models", ICLR 2024, for the object.
     """
 
     concept: str
@@ -85,8 +101,8 @@ class Decomposition:
     words: tuple[str, ...]
     ids: tuple[int, ...]
     alpha: Tensor
-    importance: tuple[float, ...]
-    fidelity: Fidelity
+    importance: tuple[float, ...] | None
+    fidelity: Fidelity | None
     embeddings: Mapping[str, Tensor]
     norms: Mapping[str, float]
     method: str
@@ -98,7 +114,32 @@ class Decomposition:
     attempts: tuple[Attempt, ...]
     evals: int
     calls: int
-    model: str = field(default="")
+    model: str = ""
+    budget: str = ""
+    size: tuple[int, int] = (0, 0)
+    excluded: str = ""
+    selected: str = ""
+    clusters: tuple[tuple[str, ...], ...] = ()
+    edits: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        split_template(self.template)
+        count = len(self.words)
+        if not count or len(set(self.words)) < count or not all(self.words):
+            raise ValueError(f"a decomposition needs at least one word, and none twice: {self.words[:20]}")
+        lengths = {len(self.ids), *self.alpha.shape, *(len(rows) for rows in self.embeddings.values())}
+        if lengths != {count} or self.alpha.ndim != 1 or (self.importance is not None and len(self.importance) != count):
+            raise ValueError(f"{count} words need as many ids, weights, embeddings and importances")
+        if not bool((self.alpha >= 0).all()) or abs(float(self.alpha.sum()) - 1) > 1e-4:
+            raise ValueError("the weights of a decomposition are at least 0 and sum to 1")
+        if not self.norms or set(self.norms) != set(self.embeddings) or not set(self.norms) <= set(_EMBEDDING_KEYS):
+            raise ValueError(f"embeddings and lengths belong to the text encoders {', '.join(_EMBEDDING_KEYS)}, the same for both")
+        if not all(0 < norm < math.inf for norm in self.norms.values()):
+            raise ValueError("the pseudo-token's length must be positive")
+        inside = [word for cluster in self.clusters for word in cluster]
+        if not set(inside) <= set(self.words) or len(set(inside)) < len(inside):
+            raise ValueError("clusters are made of the words, each in one cluster at most")
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -107,13 +148,13 @@ class Decomposition:
 
     @property
     def r2(self) -> float:
-        """The held-out R2: the number to look at before believing the words."""
-        return self.fidelity.heldout
+        """The held-out R2: the number to look at before believing the words. NaN where it was not measured."""
+        return math.nan if self.fidelity is None else self.fidelity.heldout
 
     @property
     def reliable(self) -> bool:
-        """Whether the words explain the concept: held-out R2 of at least 0.8."""
-        return self.fidelity.heldout >= RELIABLE_R2
+        """Whether the words were measured to explain the concept: held-out R2 of at least 0.8."""
+        return self.r2 >= RELIABLE_R2
 
     @property
     def token(self) -> dict[str, Tensor]:
@@ -128,11 +169,260 @@ class Decomposition:
         """The same decomposition with its embeddings on ``device``."""
         return replace(self, embeddings={name: rows.to(device) for name, rows in self.embeddings.items()})
 
+    def reweighted(self, multipliers: Mapping[str, float]) -> Decomposition:
+        """Each word's weight times its multiplier (1 where none is given; 0 removes the word), renormalised, strongest word first.
+
+        Multipliers of 1 give this very object. Raises ValueError for a word that is not here, a negative or infinite multiplier, or when
+        no word is left. Source: Chefer et al. 2024, section on concept manipulation.
+        """
+        unknown = [word for word in multipliers if word not in self.words]
+        if unknown:
+            raise ValueError(f"not among the words of {self.concept!r}: {', '.join(unknown)}. Its words are {', '.join(self.words)}")
+        if not all(0 <= factor < math.inf for factor in multipliers.values()):
+            raise ValueError("multipliers must be 0 or more: 0 removes a word, 1 leaves it, 2 doubles it")
+        changes = {word: float(factor) for word, factor in multipliers.items() if factor != 1}
+        if not changes:
+            return self
+        alpha = self.alpha * torch.tensor([changes.get(word, 1.0) for word in self.words])
+        return self._with(alpha, self.embeddings, self.words, self.ids, [f"{word} x {factor:g}" for word, factor in changes.items()])
+
+    def with_word(self, text: TextEncoder, word: str, share: float) -> Decomposition:
+        """With ``word`` at ``share`` of the whole, the other words keeping their proportions; a word already here is set to that share.
+
+        text: the encoder of the model that was decomposed. Raises ValueError for a share not between 0 and 1, a word that is not one
+        whole token, or another model's encoder.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"a share lies between 0 and 1, got {share:g}")
+        index, rows = self._look_up(text, word)
+        word = word.strip().lower()
+        if word in self.words:
+            others = self.alpha * torch.tensor([float(other != word) for other in self.words])
+            if not float(others.sum()) > 0:
+                raise ValueError(f"{word!r} is the only word: add another one")
+            alpha = (1 - share) * others / others.sum()
+            alpha[self.words.index(word)] = share
+            return self._with(alpha, self.embeddings, self.words, self.ids, [f"{word} = {share:g}"])
+        joined = {name: torch.cat([own, rows[name].to(own)]) for name, own in self.embeddings.items()}
+        alpha = torch.cat([(1 - share) * self.alpha / self.alpha.sum(), torch.tensor([float(share)])])
+        return self._with(alpha, joined, (*self.words, word), (*self.ids, index), [f"+ {word} = {share:g}"])
+
+    def replaced(self, text: TextEncoder, old: str, new: str) -> Decomposition:
+        """With ``new`` in place of ``old`` at the same share; where ``new`` is already here, it takes over that share.
+
+        text: the encoder of the model that was decomposed. Raises ValueError when ``old`` is not here, ``new`` is not one whole token, or
+        the encoder is another model's.
+        """
+        if old not in self.words:
+            raise ValueError(f"{old!r} is not among the words of {self.concept!r}: {', '.join(self.words)}")
+        index, rows = self._look_up(text, new)
+        new, place = new.strip().lower(), self.words.index(old)
+        if new == old:
+            return self
+        edits = [f"{old} -> {new}"]
+        if new in self.words:
+            alpha = self.alpha.clone()
+            alpha[self.words.index(new)] += alpha[place]
+            alpha[place] = 0
+            return self._with(alpha, self.embeddings, self.words, self.ids, edits)
+        changed = {name: torch.cat([own[:place], rows[name].to(own), own[place + 1 :]]) for name, own in self.embeddings.items()}
+        words, ids = list(self.words), list(self.ids)
+        words[place], ids[place] = new, index
+        return self._with(self.alpha, changed, words, ids, edits)
+
+    def _look_up(self, text: TextEncoder, word: str) -> tuple[int, dict[str, Tensor]]:
+        """The token of ``word`` and its embedding per encoder, (1, width)."""
+        index = token_of(text, word)
+        rows = {name: table[index : index + 1].float() for name, table in text.tables.items()}
+        if {name: row.shape[1] for name, row in rows.items()} != {name: own.shape[1] for name, own in self.embeddings.items()}:
+            raise ValueError(f"{self.concept!r} was taken apart in a model of another kind: connect the text encoder of that model")
+        return index, rows
+
+    def _with(
+        self, alpha: Tensor, embeddings: Mapping[str, Tensor], words: Sequence[str], ids: Sequence[int], edits: Sequence[str]
+    ) -> Decomposition:
+        """Other weights and words, strongest first, without those of weight 0, and with nothing measured."""
+        if not 0 < float(alpha.sum()) < math.inf:
+            raise ValueError("no word is left: keep at least one multiplier above 0")
+        order = alpha.argsort(descending=True, stable=True)[: int((alpha > 0).sum())]
+        kept = [words[i] for i in order.tolist()]
+        clusters = [tuple(word for word in cluster if word in kept) for cluster in self.clusters]
+        return replace(
+            self,
+            words=tuple(kept),
+            ids=tuple(ids[i] for i in order.tolist()),
+            alpha=alpha[order] / alpha.sum(),
+            embeddings={name: rows[order.to(rows.device)] for name, rows in embeddings.items()},
+            importance=None,
+            fidelity=None,
+            clusters=tuple(cluster for cluster in clusters if len(cluster) > 1),
+            edits=(*self.edits, *edits),
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write it as an artifact; ``load`` gives it back bit for bit. Raises ArtifactError as ``artifact.write`` does."""
+        write(path, self._tensors(), self._header(), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Decomposition:
+        """Read what ``save`` wrote, on the CPU. The file is untrusted: raises ArtifactError for anything amiss in it."""
+        tensors, header = read(path, FORMAT, VERSION, _layout)
+        try:
+            return cls(**_fields(header, tensors))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path} is no valid decomposition ({error}): make it again") from error
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of everything but ``versions``: equal results have equal hashes, wherever and whenever they were made."""
+        return content_hash(self._tensors(), {**self._header(), "versions": {}})
+
+    def save_embedding(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write w* as a textual-inversion embedding (safetensors) that works where this project is not installed.
+
+        ComfyUI reads it as ``embedding:name``. With one text encoder (SD 1.x, 2.x) the one tensor is named after the concept, as in
+        ``<bird>``, which diffusers' ``load_textual_inversion`` takes for the token; SDXL's file holds ``clip_l`` and ``clip_g``.
+        Raises ArtifactError unless ``overwrite`` when the path holds something else.
+        """
+        token = {name: row.detach().float().cpu().contiguous() for name, row in self.token.items()}
+        if len(token) == 1:
+            name = re.sub(r"[^\w]+", "-", self.concept).strip("-") or "concept"
+            tensors = {f"<{name}>": row for row in token.values()}
+        else:
+            tensors = {_EMBEDDING_KEYS[name]: row for name, row in token.items()}
+        write_bytes(path, safetensors.torch.save(tensors), overwrite=overwrite)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the embeddings, as JSON values; what was not measured is null."""
+        columns = zip(self.words, self.ids, self.shares, self.importance or [None] * len(self.words), strict=True)
+        rest = {name: value for name, value in self._header().items() if name not in ("words", "ids", "importance", "norms")}
+        return {
+            **rest,
+            "r2": None if self.fidelity is None else self.r2,
+            "reliable": self.reliable,
+            "words": [{"word": word, "id": index, "share": share, "importance": lost} for word, index, share, lost in columns],
+            "hash": self.content_hash(),
+        }
+
     def summary(self) -> str:
         """What was found, in a few lines for people."""
         lines = [f"{self.concept} = " + " + ".join(f"{share:.0%} {word}" for word, share in zip(self.words, self.shares, strict=True))]
-        lines += [f"  {w}: share {s:.3f}, importance {d:+.3f}" for w, s, d in zip(self.words, self.shares, self.importance, strict=True)]
-        lines.append(f"explains {self.r2:.1%} of what the concept changes (pictures not fitted), {self.evals} evals in {self.calls} calls")
-        if not self.reliable:
-            lines.append("These words do not explain the concept well: take more words or more candidates, or another template or seed.")
+        losses = [""] * len(self.words) if self.importance is None else [f", importance {lost:+.3f}" for lost in self.importance]
+        lines += [f"  {w}: share {s:.3f}{loss}" for w, s, loss in zip(self.words, self.shares, losses, strict=True)]
+        lines += [f"  {', '.join(cluster)} say nearly the same: read their shares together" for cluster in self.clusters]
+        if self.edits:
+            lines.append(f"changed by hand ({'; '.join(self.edits)}), so how much it explains is not known")
+        elif self.fidelity is None:
+            lines.append(f"how much it explains was not measured ({self.method} method)")
+        else:
+            lines.append(
+                f"explains {self.r2:.1%} of what the concept changes (pictures not fitted), {self.evals} evals in {self.calls} calls"
+            )
+            if not self.reliable:
+                lines.append(
+                    "These words do not explain the concept well: take more words or more candidates, or another template or seed."
+                )
+        if self.selected:
+            lines.append(f"selected by {self.selected}")
+        if self.excluded:
+            lines.append(f"left out: {self.excluded}")
         return "\n".join(lines)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"alpha": self.alpha, **{f"embeddings.{name}": rows for name, rows in self.embeddings.items()}}
+
+    def _header(self) -> Header:
+        left_out = {"alpha", "embeddings", "fidelity", "attempts"}
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
+        plain |= {"norms": dict(self.norms), "settings": dict(self.settings), "versions": dict(self.versions)}
+        fidelity = None if self.fidelity is None else asdict(self.fidelity)
+        return {"format": FORMAT, "version": VERSION, **plain, "fidelity": fidelity, "attempts": [asdict(a) for a in self.attempts]}
+
+
+def _layout(header: Header) -> dict[str, Spec]:
+    count = len(_texts(header["words"]))
+    return {"alpha": (torch.float32, (count,))} | {
+        f"embeddings.{name}": (torch.float32, (count, None)) for name in _mapping(header["norms"])
+    }
+
+
+def _fields(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The constructor's arguments from an untrusted header, each of its type and of bounded length. Raises as parsing does."""
+    unexpected = set(header) - set(Decomposition.__dataclass_fields__) - {"format", "version"}
+    if unexpected:
+        raise ValueError(f"unknown entries {', '.join(sorted(unexpected)[:4])}")
+    fidelity, importance = header["fidelity"], header["importance"]
+    return {
+        **{name: _text(header[name]) for name in ("concept", "template", "method", "model", "budget", "excluded", "selected")},
+        **{name: _texts(header[name]) for name in ("words", "edits")},
+        **{name: tuple(_whole(n) for n in _list(header[name])) for name in ("ids", "seeds", "heldout_seeds")},
+        **{name: _whole(header[name]) for name in ("seed", "candidates", "evals", "calls")},
+        "importance": None if importance is None else tuple(_number(n) for n in _list(importance)),
+        "fidelity": None if fidelity is None else _fidelity(_mapping(fidelity)),
+        "attempts": tuple(_attempt(_mapping(attempt)) for attempt in _list(header["attempts"])),
+        "clusters": tuple(_texts(cluster) for cluster in _list(header["clusters"])),
+        "size": _size(_list(header["size"])),
+        "norms": {name: _number(value) for name, value in _mapping(header["norms"]).items()},
+        "settings": {name: _number(value) for name, value in _mapping(header["settings"]).items()},
+        "versions": {name: _text(value) for name, value in _mapping(header["versions"]).items()},
+        "alpha": tensors["alpha"],
+        "embeddings": {name: tensors[f"embeddings.{name}"] for name in header["norms"]},
+    }
+
+
+def _fidelity(value: Mapping[str, Any]) -> Fidelity:
+    levels = tuple(
+        LevelR2(_number(level["low"]), _number(level["high"]), _number(level["r2"])) for level in map(_mapping, _list(value["levels"]))
+    )
+    return Fidelity(_number(value["heldout"]), _number(value["fitted"]), levels, _number(value["every_word"]))
+
+
+def _attempt(value: Mapping[str, Any]) -> Attempt:
+    return Attempt(_text(value["start"]), _number(value["r2"]), _typed(value["kept"], bool))
+
+
+def _size(value: Sequence[Any]) -> tuple[int, int]:
+    height, width = value
+    return _whole(height), _whole(width)
+
+
+_T = TypeVar("_T")
+
+
+def _typed(value: Any, kind: type[_T]) -> _T:
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if len(_typed(value, str)) > _TEXT:
+        raise ValueError(f"a text of {len(value)} characters is too long")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not 0 <= _typed(value, int) < 2**64:
+        raise ValueError("a whole number is out of range")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= 1e300:
+        raise TypeError(f"{str(value)[:40]!r} is no finite number")
+    return float(value)
+
+
+def _list(value: Any) -> list[Any]:
+    if len(_typed(value, list)) > _LIST:
+        raise ValueError(f"a list of {len(value)} entries is too long")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(_text(text) for text in _list(value))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if len(_typed(value, dict)) > _LIST or any(len(name) > _TEXT for name in value):
+        raise ValueError("a mapping is too large")
+    return value
