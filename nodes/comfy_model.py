@@ -6,29 +6,36 @@ differentiable access to them as they are wired (LoRAs, merges, clip skip, other
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import comfy.clip_model
+import comfy.lora
 import comfy.model_base
 import comfy.model_management as management
 import comfy.model_sampling
 import comfy.sd1_clip
 import comfy.utils
+import latent_preview
 import torch
+from blake3 import blake3
 from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy.sd import CLIP, VAE
-from comfy.weight_adapter import WeightAdapterBase
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..core.hosts.checkpoint import read_scorer
-from ..core.model import Conditioning, Family, ImageScorer, Model, Prompt, UnsupportedModel
-from ..core.progress import OnStep
+from ..core.model import Conditioning, Family, ImageScorer, Model, Prompt, TextEncoder, UnsupportedModel
 from ..core.score import JointScorer
+
+if TYPE_CHECKING:
+    from ..core.edit import ContextEdit
 
 ENCODE_ROWS = 64
 """Prompts per call of the text encoder."""
@@ -46,11 +53,17 @@ _Row: TypeAlias = list[int | Tensor]
 
 
 @contextmanager
-def graph_model(model: ModelPatcher, clip: CLIP, vae: VAE | None = None, scorer: ImageScorer | None = None) -> Iterator[Model]:
+def graph_model(
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE | None = None,
+    scorer: ImageScorer | None = None,
+    on_denoised: Callable[[Tensor], None] | None = None,
+) -> Iterator[Model]:
     """The graph's model, usable and differentiable inside the ``with`` block; afterwards the graph is as it was.
 
     Loads through ComfyUI's model manager. Guidance, ControlNets and patches on the sampler (as opposed to the network) are no part
-    of a denoiser and are not applied. Raises UnsupportedModel, saying what to connect instead.
+    of a denoiser and are not applied. ``on_denoised`` is shown every x0. Raises UnsupportedModel, saying what to connect instead.
     """
     family = check_graph(model, clip, vae)
     with torch.inference_mode(False), ExitStack() as stack:
@@ -72,7 +85,7 @@ def graph_model(model: ModelPatcher, clip: CLIP, vae: VAE | None = None, scorer:
             family=family,
             name=type(model.model.model_config).__name__,
             text=GraphTextEncoder(text, resident),
-            denoiser=GraphDenoiser(patcher, resident),
+            denoiser=GraphDenoiser(patcher, resident, on_denoised),
             autoencoder=None if vae is None else GraphAutoencoder(vae, patcher),
             scorer=scorer,
             before_call=management.throw_exception_if_processing_interrupted,
@@ -99,26 +112,86 @@ def check_graph(model: ModelPatcher, clip: CLIP, vae: VAE | None = None) -> Fami
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.IMG_TO_IMG):
         raise UnsupportedModel(f"this MODEL is sampled as {type(sampling).__mro__[1].__name__}, not by noise levels: {_SUPPORTED}")
-    encoders = _encoders(clip)
-    found = _FAMILIES.get(tuple(encoders))
-    if found is None:
-        raise UnsupportedModel(f"this CLIP ({type(clip.cond_stage_model).__name__}) is not of a supported family: {_SUPPORTED}")
-    family, class_channels = found
-    width = sum(map(_width, encoders.values()))
+    family, class_channels = _check_clip(clip)
+    width = sum(map(_width, _encoders(clip).values()))
     if width != config["context_dim"]:
         raise UnsupportedModel(
             f"the MODEL reads text of width {config['context_dim']} but the CLIP gives {width}: connect the CLIP of the same checkpoint"
         )
     if base.adm_channels != class_channels:
         raise UnsupportedModel(f"{type(base).__name__} models with inputs beside text are not supported: {_SUPPORTED}")
-    if clip.patcher.forced_hooks is not None:
-        raise UnsupportedModel(_HOOKED)
-    for part, module in (("MODEL", network), ("CLIP", clip.cond_stage_model)):
-        if _quantised(module):
-            raise UnsupportedModel(f"the {part} is quantised: load it in fp16, bf16 or fp32 (weight_dtype default, no GGUF or fp8 file)")
+    _check_precision("MODEL", network)
     if vae is not None and (vae.first_stage_model is None or vae.latent_channels != 4 or vae.latent_dim != 2):
         raise UnsupportedModel("this VAE does not fit the MODEL (4 latent channels): connect the VAE of the same checkpoint")
     return family
+
+
+def _check_clip(clip: CLIP) -> tuple[Family, int]:
+    """The family of a CLIP, and the width of the class embedding of a MODEL that goes with it."""
+    if clip is None:
+        raise UnsupportedModel(_NO_CLIP)
+    found = _FAMILIES.get(tuple(_encoders(clip)))
+    if found is None:
+        raise UnsupportedModel(f"this CLIP ({type(clip.cond_stage_model).__name__}) is not of a supported family: {_SUPPORTED}")
+    if clip.patcher.forced_hooks is not None:
+        raise UnsupportedModel(_HOOKED)
+    _check_precision("CLIP", clip.cond_stage_model)
+    return found
+
+
+def _check_precision(part: str, module: torch.nn.Module) -> None:
+    if _quantised(module):
+        raise UnsupportedModel(f"the {part} is quantised: load it in fp16, bf16 or fp32 (weight_dtype default, no GGUF or fp8 file)")
+
+
+@contextmanager
+def graph_text(clip: CLIP) -> Iterator[TextEncoder]:
+    """The graph's CLIP alone, without gradients, inside the ``with`` block. Raises UnsupportedModel, saying what to connect instead."""
+    _check_clip(clip)
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            yield GraphTextEncoder(clip, _Resident(clip.patcher))
+        finally:
+            clip.cond_stage_model.reset_clip_options()
+
+
+@contextmanager
+def graph_reading(model: ModelPatcher, clip: CLIP) -> Iterator[Model]:
+    """The graph's model for what only encodes texts and reads weights, without gradients: the MODEL is not loaded for it.
+
+    Raises UnsupportedModel, saying what to connect instead.
+    """
+    family = check_graph(model, clip)
+    with torch.inference_mode(False), graph_text(clip) as text:
+        yield Model(
+            family=family,
+            name=type(model.model.model_config).__name__,
+            text=text,
+            denoiser=GraphDenoiser(model, _Resident(model)),
+            before_call=management.throw_exception_if_processing_interrupted,
+            words=getattr(clip.cond_stage_model, "trained_words", None),
+            cross_attention=GraphCrossAttention(model),
+        )
+
+
+def patch_model(model: ModelPatcher, edit: ContextEdit) -> ModelPatcher:
+    """A clone of the MODEL with an edit as patches on its cross-attention, which add to LoRAs before and after it.
+
+    Raises UnsupportedModel, saying what to connect instead, for a MODEL that is quantised or that the edit does not fit.
+    """
+    patched = model.clone()
+    if edit.is_identity:
+        return patched
+    with torch.inference_mode(False), torch.no_grad():
+        attention = GraphCrossAttention(model)
+        patches = {
+            attention.keys[path]: LoRAAdapter(set(), (patch.up, patch.down, None, None, None, None))
+            for path, patch in edit.weight_patches(attention)
+        }
+    lacking = patches.keys() - set(patched.add_patches(patches))
+    if lacking:
+        raise UnsupportedModel(f"this MODEL has no {min(lacking)} to patch: use Apply Edit to Conditioning instead")
+    return patched
 
 
 def graph_scorer(path: str, clip: CLIP) -> ImageScorer:
@@ -147,6 +220,94 @@ def graph_scorer(path: str, clip: CLIP) -> ImageScorer:
         return JointScorer(network.to(clip.patcher.load_device), GraphTextEncoder(clip, _Resident(clip.patcher)).pooled)
 
 
+def graph_identity(*parts: ModelPatcher | CLIP | VAE) -> str | None:
+    """A hash of models as they are wired: their weights, LoRAs, merges, samplings and clip skip, whatever is loaded at the moment.
+
+    None when it cannot be told, because a node changed how the model computes by code of its own (FreeU, LoRAs in bypass mode).
+    """
+    digest = blake3(max_threads=blake3.AUTO)
+    try:
+        for part in parts:
+            _hash(digest, [type(part), getattr(part, "layer_idx", None), type(getattr(part, "tokenizer", None))])
+            _hash(digest, _content(part if isinstance(part, ModelPatcher) else part.patcher))
+    except _Opaque:
+        return None
+    return digest.hexdigest()
+
+
+def _content(patcher: ModelPatcher) -> list[Any]:
+    """Everything that decides what a patcher's network computes."""
+    base, options = patcher.model, patcher.model_options
+    dtype = base.get_dtype_inference() if isinstance(base, comfy.model_base.BaseModel) else None
+    names = {*patcher.object_patches, *(["model_sampling"] if hasattr(base, "model_sampling") else [])}
+    objects = {name: patcher.get_model_object(name) for name in names}
+    prefixes = tuple(f"{name}." for name in names)
+    weights = {key: weight for key, weight in patcher.model_state_dict().items() if not key.startswith(prefixes)}
+    # The live weights may be those of another clone; what they were before lies aside.
+    weights |= {key: saved.weight for key, saved in patcher.backup.items() if key in weights}
+    weights |= {key: saved[0] for key, saved in patcher.hook_backup.items() if key in weights}
+    code = [patcher.weight_wrapper_patches, patcher.injections, patcher.wrappers, patcher.callbacks, patcher.additional_models]
+    code += [options["transformer_options"], options.get("model_function_wrapper")]
+    return [type(base), type(getattr(base, "model_config", None)), dtype, weights, objects, patcher.patches, code]
+
+
+class _Opaque(Exception):
+    """A value that cannot be hashed by what it holds."""
+
+
+def _hash(digest: blake3, value: Any) -> None:
+    """Add a value to a hash by what it holds; raises _Opaque for anything that does not say what it does."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        text = f"{type(value).__name__} {value}".encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    elif isinstance(value, Mapping):
+        _hash(digest, [f"mapping {len(value)}", *(part for key in sorted(value, key=repr) for part in (repr(key), value[key]))])
+    elif isinstance(value, (list, tuple)):
+        _hash(digest, f"list {len(value)}")
+        for item in value:
+            _hash(digest, item)
+    elif isinstance(value, type):
+        _hash(digest, [f"{kind.__module__}.{kind.__qualname__}" for kind in value.__mro__])
+    elif isinstance(value, WeightAdapterBase):
+        _hash(digest, [type(value), value.weights])
+    elif isinstance(value, torch.nn.Module):
+        settings = {name: item for name, item in vars(value).items() if not name.startswith("_")}
+        _hash(digest, [type(value), dict(value.named_parameters()), dict(value.named_buffers()), settings])
+    elif isinstance(value, FunctionType) and not (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
+        _hash(digest, [f"{value.__module__}.{value.__qualname__}", value.__code__.co_code.hex()])
+    else:
+        raise _Opaque(type(value))
+
+
+def scorer_identity(scorer: ImageScorer) -> str:
+    """A hash of what a scorer makes of a picture and a text."""
+    digest = blake3()
+    with torch.inference_mode():
+        picture = torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+        _hash(digest, [scorer.embed_pictures(picture), scorer.embed_texts(["a photo of a red bird"]), scorer.logit_scale])
+    return digest.hexdigest()
+
+
+def check_fits(embeddings: Mapping[str, Tensor], clip: CLIP) -> None:
+    """Raises UnsupportedModel, saying what to connect instead, for word embeddings (words, width) of other encoders than the CLIP's."""
+    if clip is None:
+        raise UnsupportedModel(_NO_CLIP)
+    theirs = {name: rows.shape[-1] for name, rows in embeddings.items()}
+    ours = {name: _width(encoder) for name, encoder in _encoders(clip).items()}
+    if theirs != ours:
+        raise UnsupportedModel(
+            f"the decomposition was made with another text encoder ({_listed(theirs)}) than this CLIP ({_listed(ours)}): "
+            "connect the CLIP of the model it was made with, or decompose the concept again"
+        )
+
+
+def _listed(widths: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} of width {width}" for name, width in widths.items()) or "none"
+
+
 def trained_side(model: ModelPatcher) -> int:
     """Side in pixels of the square pictures a supported MODEL was made for."""
     base = model.model
@@ -172,19 +333,40 @@ def graph_conditioning(conditioning: Conditioning) -> list[list[Any]]:
     return [[conditioning.context.to(device), pooled]]
 
 
-def progress(node_id: str | None) -> OnStep:
-    """A callback that moves a node's progress bar, writes step and metrics under the node, and raises when the user interrupts."""
-    bar: comfy.utils.ProgressBar | None = None
+class Progress:
+    """An ``OnStep`` that moves a node's progress bar, shows what the model draws, writes under the node, and raises on interrupt.
 
-    def on_step(step: int, total: int, metrics: Mapping[str, float], /) -> None:
-        nonlocal bar
+    node_id: None outside of a graph. model: what draws; without it there are no previews. label: what comes before the numbers.
+    """
+
+    EVERY = 0.25
+    """Seconds between two messages."""
+
+    def __init__(self, node_id: str | None, model: ModelPatcher | None = None, label: str = "") -> None:
+        self._node, self._label = node_id, label
+        self._previewer = None if model is None else latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._bar: comfy.utils.ProgressBar | None = None
+        self._latent: Tensor | None = None
+        self._sent = 0.0
+
+    def show(self, denoised: Tensor) -> None:
+        """Take x0 (batch, channels, h, w) for the next preview."""
+        self._latent = denoised
+
+    def __call__(self, step: int, total: int, metrics: Mapping[str, float], /) -> None:
         management.throw_exception_if_processing_interrupted()
-        if bar is None:
-            bar = comfy.utils.ProgressBar(total, node_id=node_id)
-        bar.update_absolute(step, total)
-        send_text(node_id, "  ".join([f"{step}/{total}", *(f"{name} {value:.3g}" for name, value in metrics.items())]))
-
-    return on_step
+        now = time.monotonic()
+        if step < total and now - self._sent < self.EVERY:
+            return
+        self._sent = now
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(total, node_id=self._node)
+        preview = None
+        if self._previewer is not None and self._latent is not None:
+            preview = self._previewer.decode_latent_to_preview_image("JPEG", self._latent[:1].float())
+        self._bar.update_absolute(step, total, preview)
+        parts = [self._label, f"{step}/{total}", *(f"{name} {value:.3g}" for name, value in metrics.items())]
+        send_text(self._node, "  ".join(part for part in parts if part))
 
 
 def send_text(node_id: str | None, text: str) -> None:
@@ -320,8 +502,8 @@ class GraphTextEncoder:
 class GraphDenoiser:
     """A MODEL as a ``Denoiser``."""
 
-    def __init__(self, patcher: ModelPatcher, resident: _Resident) -> None:
-        self._patcher, self._resident = patcher, resident
+    def __init__(self, patcher: ModelPatcher, resident: _Resident, on_denoised: Callable[[Tensor], None] | None = None) -> None:
+        self._patcher, self._resident, self._on_denoised = patcher, resident, on_denoised
         self._sigmas = patcher.get_model_object("model_sampling").sigmas.detach().float().cpu().clone()
 
     @property
@@ -358,14 +540,18 @@ class GraphDenoiser:
         wrapper = self._patcher.model_options.get("model_function_wrapper")
         try:
             if wrapper is not None:
-                return wrapper(apply, {"input": x, "timestep": sigma, "c": inputs, "cond_or_uncond": [0]})
-            return apply(x, sigma, **inputs)
+                denoised = wrapper(apply, {"input": x, "timestep": sigma, "c": inputs, "cond_or_uncond": [0]})
+            else:
+                denoised = apply(x, sigma, **inputs)
         except RuntimeError as error:
             if "Inference tensors" not in str(error):
                 raise
             raise UnsupportedModel(
                 "a patch on this MODEL computes with tensors that have no gradient: connect the MODEL from before that node"
             ) from error
+        if self._on_denoised is not None:
+            self._on_denoised(denoised.detach())
+        return denoised
 
     def _class_embedding(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x.shape[-2] * self.downscale, x.shape[-1] * self.downscale
@@ -373,6 +559,62 @@ class GraphDenoiser:
         names = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
         y = self._patcher.model.encode_adm(pooled_output=conditioning.pooled, device=self.device, **dict(zip(names, size, strict=True)))
         return y.to(self.device)
+
+
+class GraphCrossAttention:
+    """A MODEL's cross-attention as ``core.model.CrossAttention``: its weights as its patches leave them, whatever is loaded at the moment.
+
+    Raises UnsupportedModel for a network without cross-attention on a text.
+    """
+
+    def __init__(self, patcher: ModelPatcher) -> None:
+        network = getattr(patcher.model, "diffusion_model", None)
+        config = getattr(getattr(patcher.model, "model_config", None), "unet_config", {})
+        if not isinstance(network, UNetModel) or not isinstance(config.get("context_dim"), int):
+            raise UnsupportedModel(f"{type(patcher.model).__name__} models cannot be edited: {_SUPPORTED}")
+        self._patcher = patcher
+        weights = network.state_dict().keys()
+        diffusers = comfy.utils.unet_to_diffusers(config)
+        self.keys = {
+            path.removesuffix(".weight"): f"diffusion_model.{key}"
+            for path, key in diffusers.items()
+            if key in weights and (path.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) or path == "add_embedding.linear_1.weight")
+        }
+        """Per module, named as diffusers names it, the key of its weight."""
+
+    def key_values(self) -> Iterator[tuple[str, Tensor]]:
+        for path, key in self.keys.items():
+            if "attn2" in path:
+                yield path, self._seen(key)
+
+    def pooled(self) -> tuple[str, Tensor] | None:
+        path = "add_embedding.linear_1"
+        return (path, self._seen(self.keys[path])) if path in self.keys else None
+
+    def _seen(self, key: str) -> Tensor:
+        weight, _, convert = get_key_weight(self._patcher.model, key)
+        # Clones share modules: what is live may be another clone's, and what it was before lies aside.
+        if key in self._patcher.backup:
+            weight = self._patcher.backup[key].weight
+        elif key in self._patcher.hook_backup:
+            weight = self._patcher.hook_backup[key][0]
+        if weight.dtype not in _FLOAT or type(weight.data) is not Tensor:
+            raise UnsupportedModel(
+                "the MODEL is quantised, so its weights cannot be patched exactly: use Apply Edit to Conditioning on positive and negative "
+                "instead (solve the edit on the fp16, bf16 or fp32 file of the same checkpoint)"
+            )
+        patches = self._patcher.patches.get(key, [])
+        wrappers = self._patcher.weight_wrapper_patches.get(key, [])
+        if convert is None and not patches and not wrappers:
+            return weight.detach()
+        with torch.inference_mode(False), torch.no_grad():
+            seen = weight.to(torch.float32, copy=True)
+            if convert is not None:
+                seen = convert(seen, inplace=True)
+            seen = comfy.lora.calculate_weight(patches, seen, key)
+            for change in wrappers:
+                seen = change(seen)
+        return seen
 
 
 class GraphAutoencoder:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from .files import DECOMPOSITIONS, code_hash, folder, slug
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-    from comfy.sd import CLIP
+    from comfy.sd import CLIP, VAE
+    from torch import Tensor
+
+    from ..core.decompose import Decomposition
+    from ..core.model import ImageScorer
+
+logger = logging.getLogger(__name__)
+
+Socket = io.Custom("CONCEPTKIT_DECOMPOSITION")
+FOUND = "The words with their shares and how much they explain, for ConceptKit's other nodes."
+CHART = "A bar for each word's share, beside how much is lost without the word."
+TEXT = "The same in words, with how far the result can be trusted."
 
 
 class DecomposeConcept(io.ComfyNode):
@@ -21,11 +37,26 @@ class DecomposeConcept(io.ComfyNode):
             display_name="Decompose Concept",
             category="ConceptKit/decompose",
             description="Finds the few weighted vocabulary words that make the model draw what it draws for a concept.",
-            search_aliases=["conceptkit", "explain word", "what is a word", "conceptor", "interpret", "textual inversion", "word mix"],
+            search_aliases=[
+                "conceptkit",
+                "explain prompt",
+                "explain word",
+                "interpret",
+                "concept",
+                "token",
+                "what is a word",
+                "conceptor",
+                "textual inversion",
+                "word mix",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model to ask. It is only read. SD 1.x, SD 2.x and SDXL, with any LoRAs or merges."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                io.String.Input("concept", default="bird", tooltip="The word or phrase to take apart. Plain words, without weights."),
+                io.String.Input(
+                    "concept",
+                    default="bird",
+                    tooltip="The word or phrase to take apart. Plain words, without weights. A list runs one by one.",
+                ),
                 io.String.Input(
                     "template",
                     default="a photo of a {}",
@@ -55,16 +86,64 @@ class DecomposeConcept(io.ComfyNode):
                     advanced=True,
                     tooltip="Side of the square pictures the model is asked about, in pixels. 0 takes the size the model was made for.",
                 ),
+                # Optional, so that API workflows from before they were added still run.
+                io.Combo.Input(
+                    "budget",
+                    options=["fast", "default", "thorough"],
+                    default="default",
+                    optional=True,
+                    tooltip="How much may be spent on it: fast for a first look, thorough for words that are hard to find.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=["distilled", "conceptor", "text"],
+                    default="distilled",
+                    optional=True,
+                    tooltip="distilled asks the model what it predicts. conceptor is the published training, for comparison: slow, and it "
+                    "needs VAE and scorer. text looks at the text encoder alone: instant, and often wrong.",
+                ),
+                io.String.Input(
+                    "exclude",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Words that must not be used, separated by commas or lines. The concept itself is never used.",
+                ),
+                io.Boolean.Input(
+                    "exclude_unsafe",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Leave slurs and people's names out of the words to choose from.",
+                ),
+                io.Combo.Input(
+                    "select",
+                    options=["scorer", "r2"],
+                    default="scorer",
+                    optional=True,
+                    advanced=True,
+                    tooltip="For conceptor: its best checkpoint is picked by the scorer, as published, or by how much the words explain.",
+                ),
+                io.Boolean.Input(
+                    "reuse",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep the result in models/conceptkit/decompositions and find it there when everything is the same. "
+                    "Off: compute anew and keep nothing.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE of the same checkpoint. Only conceptor needs it."),
+                io.Custom("CONCEPTKIT_SCORER").Input(
+                    "scorer", optional=True, tooltip="What judges pictures, from Load Image Scorer. Only conceptor needs it."
+                ),
             ],
             outputs=[
-                io.Custom("CONCEPTKIT_DECOMPOSITION").Output(
-                    "decomposition", tooltip="The words with their shares and how much they explain, for ConceptKit's other nodes."
-                ),
+                Socket.Output("decomposition", tooltip=FOUND),
                 io.Conditioning.Output(
                     "conditioning", tooltip="The template with the weighted words in place of the concept: sample it to see what they say."
                 ),
-                io.Image.Output("chart", tooltip="A bar for each word's share, beside how much is lost without the word."),
-                io.String.Output("text", tooltip="The same in words, with how far the result can be trusted."),
+                io.Image.Output("chart", tooltip=CHART),
+                io.String.Output("text", tooltip=TEXT),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -74,35 +153,128 @@ class DecomposeConcept(io.ComfyNode):
         """True, or what to change. An input that another node gives is not known yet, and arrives here as None."""
         if concept is not None and not concept.strip():
             return "the concept is empty: write a word or a phrase"
-        if template is not None and template.count("{}") != 1:
-            return f"the template {template!r} must contain {{}} once, where the concept goes, as in 'a photo of a {{}}'"
-        return True
+        return check_template(template)
 
     @classmethod
-    def execute(cls, model: ModelPatcher, clip: CLIP, concept: str, template: str, words: int, seed: int, size: int) -> io.NodeOutput:
-        import torch
-
-        from ..core.chart import share_bars
+    def execute(
+        cls,
+        model: ModelPatcher,
+        clip: CLIP,
+        concept: str,
+        template: str,
+        words: int,
+        seed: int,
+        size: int,
+        budget: str = "default",
+        method: str = "distilled",
+        exclude: str = "",
+        exclude_unsafe: bool = True,
+        select: str = "scorer",
+        reuse: bool = True,
+        vae: VAE | None = None,
+        scorer: ImageScorer | None = None,
+    ) -> io.NodeOutput:
         from ..core.decompose import decompose_concept
-        from .comfy_model import check_text, graph_conditioning, graph_model, progress, send_text, trained_side
+        from .comfy_model import Progress, check_text, graph_model, send_text, trained_side
 
         check_text(concept)
         check_text(template)
-        side = size or trained_side(model)
+        if method != "conceptor":
+            vae = scorer = None
+        asked: dict[str, Any] = {
+            "concept": concept.strip(),
+            "template": template,
+            "words": words,
+            "seed": seed,
+            "height": size or trained_side(model),
+            "width": size or trained_side(model),
+            "budget": budget,
+            "method": method,
+            "exclude": sorted({word.strip().lower() for word in re.split(r"[,\n]", exclude)} - {""}),
+            "exclude_unsafe": exclude_unsafe,
+            "select": select,
+        }
         node = cls.hidden.unique_id
-        with graph_model(model, clip) as host:
-            found = decompose_concept(
-                host, concept, template=template, words=words, seed=seed, height=side, width=side, on_step=progress(node)
-            ).to("cpu")
-            with torch.no_grad():
-                conditioning = graph_conditioning(found.apply(host.text))
-        text = found.summary()
-        send_text(node, text.splitlines()[0])
-        chart = share_bars(
-            found.words,
-            found.shares,
-            found.importance,
-            title=found.concept,
-            subtitle=f"“{template.replace('{}', found.concept)}”: the words explain {found.r2:.0%} of what the concept changes",
-        )
-        return io.NodeOutput(found, conditioning, torch.from_numpy(chart).float().div(255)[None], text)
+        path = _path(asked, model, clip, vae, scorer) if reuse else None
+        found = None if path is None else _stored(path)
+        if found is None:
+            progress = Progress(node, model, asked["concept"])
+            checkpoint = None if path is None else path.with_suffix(".checkpoint")
+            with graph_model(model, clip, vae, scorer, progress.show) as host:
+                found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=progress).to("cpu")
+            if path is not None:
+                found.save(path)
+            send_text(node, headline(found))
+        else:
+            send_text(node, f"{headline(found)}  (found in {path.name if path else ''})")
+        return io.NodeOutput(found, conditioning(found, clip), chart(found), found.summary())
+
+
+def check_template(template: str | None, *, empty: bool = False) -> bool | str:
+    """True, or what to change; None, which is not known yet, passes, and so does an empty one where it stands for another."""
+    if template is not None and not (empty and not template) and template.count("{}") != 1:
+        return f"the template {template!r} must contain {{}} once, where the concept goes, as in 'a photo of a {{}}'"
+    return True
+
+
+def conditioning(found: Decomposition, clip: CLIP, template: str | None = None) -> list[list[Any]]:
+    """A decomposition's words in ``template`` (its own by default) as a CONDITIONING."""
+    from .comfy_model import check_fits, graph_conditioning, graph_text
+
+    check_fits(found.embeddings, clip)
+    with graph_text(clip) as text:
+        return graph_conditioning(found.apply(text, template))
+
+
+def chart(found: Decomposition) -> Tensor:
+    """A decomposition's chart as an IMAGE."""
+    from ..core.chart import share_bars
+
+    prompt = found.template.replace("{}", found.concept)
+    measured = (
+        "how much the words explain is not known"
+        if found.fidelity is None
+        else f"the words explain {found.r2:.0%} of what the concept changes"
+    )
+    picture = share_bars(found.words, found.shares, found.importance, title=found.concept, subtitle=f"“{prompt}”: {measured}")
+    return image(picture)
+
+
+def image(picture: Any) -> Tensor:
+    """A drawn picture, (height, width, 3) of bytes, as an IMAGE."""
+    import torch
+
+    return torch.from_numpy(picture).float().div(255)[None]
+
+
+def headline(found: Decomposition) -> str:
+    """The first line of a decomposition's summary."""
+    return found.summary().splitlines()[0]
+
+
+def _path(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | None, scorer: ImageScorer | None) -> Path | None:
+    """Where the answer to this question lies or will lie; None when the model cannot be told from another."""
+    from ..core.artifact import content_hash
+    from .comfy_model import graph_identity, scorer_identity
+
+    identity = graph_identity(model, clip, *([] if vae is None else [vae]))
+    if identity is None:
+        logger.info("This MODEL or CLIP carries code from other nodes: what is found for it is not kept on disk")
+        return None
+    given = asked | {"model": identity, "scorer": scorer and scorer_identity(scorer), "code": code_hash("decompose")}
+    return folder(DECOMPOSITIONS) / f"{slug(asked['concept'])}-{content_hash({}, given)[:16]}.safetensors"
+
+
+def _stored(path: Path) -> Decomposition | None:
+    """The result kept at ``path``; None when there is none, or none that can be read."""
+    from ..core.artifact import ArtifactError
+    from ..core.decompose import Decomposition
+
+    if not path.is_file():
+        return None
+    try:
+        return Decomposition.load(path)
+    except ArtifactError as error:
+        logger.warning("%s; it is computed again", error)
+        path.unlink()
+        return None

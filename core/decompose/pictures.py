@@ -1,0 +1,67 @@
+"""What a decomposition's words look like, each alone, beside the concept and the mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from ..chart import Picture, picture_grid
+from ..model import Model
+from ..progress import OnStep, silent
+from ..sampling import Sampler, initial_noise, sample, schedule
+from .result import Decomposition, fill
+
+
+@torch.no_grad()
+def word_pictures(
+    model: Model,
+    decomposition: Decomposition,
+    *,
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    steps: int = 20,
+    guidance: float = 7.0,
+    sampler: Sampler = "dpmpp_2m",
+    on_step: OnStep = silent,
+) -> list[Tensor]:
+    """Pictures of the concept, of the mixture, and of each word by itself in the decomposition's template, strongest first.
+
+    Returns 2 + words entries of (len(seeds), 3, height, width) in [0, 1], CPU; row i of each starts from the noise of ``seeds[i]``. height
+    and width are in pixels. A word's prompt is its text. ``on_step`` counts sampler steps. Costs 2 * len(seeds) * steps evals an entry
+    (half of that at guidance 1). Raises ValueError for a model without autoencoder, and whatever ``sample`` raises.
+    """
+    if model.autoencoder is None:
+        raise ValueError("pictures need the autoencoder: connect the VAE of the same checkpoint")
+    texts = [decomposition.concept, *decomposition.words]
+    plain = model.text.encode([fill(decomposition.template, text) for text in texts])
+    concept, *words = (plain.map(itemgetter(slice(i, i + 1))) for i in range(len(texts)))
+    prompts = [concept, decomposition.apply(model.text), *words]
+    negative = None if guidance == 1 else model.text.encode([""])
+    cells = [side // model.denoiser.downscale for side in (height, width)]
+    noise = initial_noise(seeds, model.denoiser.latent_channels, *cells)
+    sigmas = schedule(model.denoiser, steps)
+    pictures = []
+    for number, positive in enumerate(prompts):
+
+        def counted(step: int, total: int, metrics: Mapping[str, float], /, before: int = number) -> None:
+            on_step(before * total + step, len(prompts) * total, metrics)
+
+        latents = sample(model, positive, negative, noise, sigmas, guidance=guidance, sampler=sampler, on_step=counted)
+        pictures.append(model.autoencoder.decode(latents).clamp(0, 1).cpu())
+    return pictures
+
+
+def picture_sheet(decomposition: Decomposition, pictures: Sequence[Tensor], seeds: Sequence[int]) -> Picture:
+    """``word_pictures`` on one sheet: a column for the concept, the mixture and each word with its share, a row for each seed."""
+    words = [f"{word} {share:.0%}" for word, share in zip(decomposition.words, decomposition.shares, strict=True)]
+    return picture_grid(
+        [[batch[row].movedim(0, -1).numpy() for batch in pictures] for row in range(len(seeds))],
+        [f"seed {seed}" for seed in seeds],
+        [decomposition.concept, "mixture", *words],
+        title=decomposition.concept,
+        subtitle=f"“{decomposition.template}”, every row from the same noise",
+    )
