@@ -15,7 +15,7 @@ from conceptkit.core.decompose import Attempt, Decomposition, Fidelity, LevelR2
 from conceptkit.core.model import Conditioning
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 WORDS = ("red", "feather", "wing", "sky")
@@ -226,7 +226,7 @@ def test_any_other_header_is_refused_or_still_a_decomposition(tmp_path_factory: 
         header[name] = data.draw(JSON, label=name)
     header |= data.draw(st.just({}) | st.dictionaries(st.text(max_size=3), JSON, max_size=1))
     path = tmp_path_factory.getbasetemp() / "hostile"
-    artifact.write(path, found._tensors(), {**header, "format": "conceptkit-decomposition", "version": 1}, overwrite=True)
+    path.write_bytes(save(found._tensors(), {artifact.KEY: json.dumps({**header, "format": "conceptkit-decomposition", "version": 1})}))
     check(path)
 
 
@@ -234,8 +234,8 @@ def test_any_other_header_is_refused_or_still_a_decomposition(tmp_path_factory: 
 @given(st.data())
 def test_damaged_files_are_refused_or_still_a_decomposition(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged"
-    example("l").save(path, overwrite=True)
-    content = bytearray(path.read_bytes())
+    found = example("l")
+    content = bytearray(save(found._tensors(), {artifact.KEY: artifact.canonical(found._header())}))
     for position, byte in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=3)):
         content[position] = byte
     path.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
