@@ -41,7 +41,7 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon", "diamond")
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = ("small", "large")
-_TEAL, _NAVY, _SLATE, _CREAM, _GREY = (20, 160, 160), (34, 44, 110), (66, 66, 92), (250, 238, 210), (190, 190, 196)
+_TEAL, _NAVY, _SLATE, _DOOR = (20, 160, 160), (34, 44, 110), (66, 66, 92), (92, 60, 40)
 _SKIN, _DARK_HAIR, _GREY_HAIR, _LEAF = (232, 180, 140), (70, 40, 24), (206, 206, 210), (60, 140, 40)
 OUTFITS: Mapping[str, tuple[tuple[int, int, int], tuple[int, int, int] | None]] = {
     "doctor": (_TEAL, None),
@@ -99,12 +99,12 @@ def _flower(petal: Colour, centre: Colour, petals: int) -> tuple[Primitive, ...]
     )
 
 
-_WHEEL = (40, 40, 46)
-_GLASS = (200, 230, 250)
+_WHEEL = (76, 70, 84)
+_GLASS = (90, 190, 220)
 EXEMPLARS: Mapping[str, tuple[Primitive, ...]] = {
-    "robin": _bird((120, 84, 60), (236, 92, 34), (88, 60, 44), (60, 50, 44)),
-    "finch": _bird((246, 206, 50), (252, 232, 130), (60, 60, 64), (240, 140, 40)),
-    "raven": _bird(_SLATE, _SLATE, (44, 44, 66), (150, 140, 120)),
+    "robin": _bird((120, 84, 60), (236, 92, 34), (88, 60, 44), (96, 72, 48)),
+    "finch": _bird((246, 206, 50), (255, 238, 96), (86, 80, 70), (240, 140, 40)),
+    "raven": _bird(_SLATE, _SLATE, (84, 84, 124), (206, 160, 60)),
     "apple": (
         _ellipse(-0.3, 0.2, 0.62, 0.74, (206, 30, 40)),
         _ellipse(0.3, 0.2, 0.62, 0.74, (206, 30, 40)),
@@ -141,7 +141,7 @@ EXEMPLARS: Mapping[str, tuple[Primitive, ...]] = {
         _ellipse(0.55, 0.52, 0.24, 0.24, _WHEEL),
     ),
     "rose": _flower((200, 20, 60), (150, 10, 40), 5),
-    "daisy": _flower(_CREAM, (246, 190, 30), 8),
+    "daisy": _flower((206, 170, 246), (246, 190, 30), 8),
     "tulip": (
         _rectangle(-0.08, 0.1, 0.08, 1.0, _LEAF),
         _ellipse(0.32, 0.68, 0.28, 0.13, _LEAF),
@@ -168,25 +168,25 @@ EXEMPLARS: Mapping[str, tuple[Primitive, ...]] = {
         ),
     ),
     "barn": (
-        _rectangle(-0.85, -0.1, 0.85, 0.9, (170, 44, 36)),
+        _rectangle(-0.85, -0.1, 0.85, 0.9, (196, 52, 40)),
         _polygon(-1.0, -0.08, -0.6, -0.75, 0.6, -0.75, 1.0, -0.08, colour=(96, 70, 60)),
-        _rectangle(-0.28, 0.25, 0.28, 0.9, _CREAM),
+        _rectangle(-0.28, 0.25, 0.28, 0.9, _DOOR),
     ),
     "tower": (
-        _rectangle(-0.42, -0.45, 0.42, 1.0, (176, 160, 130)),
+        _rectangle(-0.42, -0.45, 0.42, 1.0, (214, 134, 104)),
         _polygon(-0.58, -0.42, 0.0, -1.0, 0.58, -0.42, colour=(40, 90, 170)),
-        _rectangle(-0.14, 0.55, 0.14, 1.0, (70, 50, 40)),
+        _rectangle(-0.14, 0.55, 0.14, 1.0, _DOOR),
     ),
     "castle": (
-        _rectangle(-1.0, -0.75, -0.5, 0.9, (120, 120, 140)),
-        _rectangle(0.5, -0.75, 1.0, 0.9, (120, 120, 140)),
-        _rectangle(-0.6, -0.2, 0.6, 0.9, (146, 146, 164)),
-        _rectangle(-0.22, 0.35, 0.22, 0.9, (70, 50, 40)),
-        _polygon(-1.0, -0.75, -0.75, -1.0, -0.5, -0.75, colour=COLOURS["purple"]),
-        _polygon(0.5, -0.75, 0.75, -1.0, 1.0, -0.75, colour=COLOURS["purple"]),
+        _rectangle(-1.0, -0.75, -0.5, 0.9, (84, 76, 140)),
+        _rectangle(0.5, -0.75, 1.0, 0.9, (84, 76, 140)),
+        _rectangle(-0.6, -0.2, 0.6, 0.9, (110, 90, 190)),
+        _rectangle(-0.22, 0.35, 0.22, 0.9, _DOOR),
+        _polygon(-1.0, -0.75, -0.75, -1.0, -0.5, -0.75, colour=(206, 60, 50)),
+        _polygon(0.5, -0.75, 0.75, -1.0, 1.0, -0.75, colour=(206, 60, 50)),
     ),
 }
-"""Things with looks of their own, that no mix of shape and colour words draws."""
+"""Things with looks of their own, that no mix of shape and colour words draws. No part has nearly the colour of a background."""
 
 
 def _shape_points(shape: str) -> list[tuple[float, float]]:
