@@ -25,6 +25,7 @@ ACCENT, SECOND, EMPTY = "#3a86c8", "#e4572e", "#efece5"
 
 _WIDTH, _MARGIN = 1200, 48
 _ROW = 44
+_STRIP = 34
 
 
 def share_bars(
@@ -126,6 +127,93 @@ def picture_grid(
                 y, x = y + (height - enlarged.shape[0]) // 2, x + (width - enlarged.shape[1]) // 2
                 picture[y : y + enlarged.shape[0], x : x + enlarged.shape[1]] = enlarged
     return picture
+
+
+def edit_report(
+    concepts: Sequence[tuple[str, float, float]],
+    layers: Sequence[tuple[str, Sequence[float]]],
+    kept: Sequence[tuple[str, float]],
+    neighbours: Sequence[tuple[str, float]],
+    *,
+    title: str,
+    subtitle: str = "",
+) -> Picture:
+    """What an edit reaches and what it costs.
+
+    concepts: each with what is left of it and what an embedding could bring back, both 1 for all and 0 (or below) for nothing. layers:
+    labelled strips of what is left from layer to layer, a cell each, as dark as it is left. kept, neighbours: words and how far they
+    moved, 0 or more. Words are drawn in the order given, the first 12 of each kind, and the rest counted. Raises ValueError for an empty
+    strip, or values that are not finite or, of words that moved, negative.
+    """
+    moved = [value for _, value in (*kept, *neighbours)]
+    values = [value for _, strip in layers for value in strip] + [value for _, left, back in concepts for value in (left, back)]
+    if not all(len(strip) for _, strip in layers) or not np.isfinite([*values, *moved]).all() or min(moved, default=0) < 0:
+        raise ValueError("an edit's figures must be finite, every strip have a layer, and no distance be negative")
+    sheet = _Sheet()
+    top = sheet.heading(title, subtitle)
+    left = _MARGIN + max((sheet.measure(label, 16) for label, _ in layers), default=0) + 20
+    right = _WIDTH - _MARGIN - 70
+    strips: list[tuple[float, Sequence[float]]] = []
+    if layers:
+        top += 34
+        sheet.text(left, top - 12, "what is left, from the first layer to the last", 14, SOFT)
+        for label, strip in layers:
+            middle = top + _STRIP / 2
+            sheet.text(left - 20, middle, label, 16, INK, ha="right", va="center_baseline")
+            sheet.text(right + 14, middle, _percent(max(round(float(np.mean(strip)), 3), 0.0)), 15, INK, va="center_baseline")
+            strips.append((top, strip))
+            top += _STRIP
+    rows = (
+        (
+            ("what is left of it", [(text, max(value, 0.0)) for text, value, _ in concepts], ACCENT),
+            ("what an embedding could bring back", [(text, max(value, 0.0)) for text, _, value in concepts], ACCENT),
+        ),
+        (("kept words: how far they moved", kept, SECOND), ("nearest words: how far they moved", neighbours, SECOND)),
+    )
+    for row in rows:
+        columns = [column for column in row if column[1]]
+        if columns:
+            # One scale for a row, so that its columns compare.
+            longest = max(max(value for _, words, _ in columns for _, value in words), 1e-3)
+            top = max(_bars(sheet, *column, longest, (i, len(columns)), top + 60) for i, column in enumerate(columns))
+    picture = sheet.render(top + _MARGIN)
+    full, empty = (np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in (ACCENT, EMPTY))
+    for y, strip in strips:
+        edges = np.linspace(left, right, len(strip) + 1).round().astype(int)
+        for start, end, value in zip(edges[:-1], edges[1:], strip, strict=True):
+            shade = np.round(empty + min(max(value, 0.0), 1.0) * (full - empty))
+            picture[round(y) + 6 : round(y) + _STRIP - 6, start : max(end - 1, start + 1)] = shade
+    return picture
+
+
+def _bars(
+    sheet: _Sheet,
+    label: str,
+    words: Sequence[tuple[str, float]],
+    colour: str,
+    longest: float,
+    column: tuple[int, int],
+    top: float,
+) -> float:
+    """Bars under a label in one of several columns, the first 12; returns where they end."""
+    index, columns = column
+    width = (_WIDTH - 2 * _MARGIN - 40 * (columns - 1)) / columns
+    start = _MARGIN + index * (width + 40)
+    shown = words[:12]
+    left = start + min(max(sheet.measure(word, 16) for word, _ in shown), width / 2.5) + 16
+    scale = (start + width - left - 76) / longest
+    sheet.text(left, top - 12, label, 14, SOFT)
+    sheet.line(left, top, left, top + _STRIP * len(shown), RULE)
+    for row, (word, value) in enumerate(shown):
+        middle = top + _STRIP * row + _STRIP / 2
+        sheet.text(left - 16, middle, word, 16, INK, ha="right", va="center_baseline", room=left - 16 - start)
+        sheet.box(left, middle - 9, value * scale, 18, colour)
+        sheet.text(left + value * scale + 10, middle, _percent(round(value, 3)), 15, INK, va="center_baseline")
+    bottom = top + _STRIP * len(shown)
+    if len(words) > len(shown):
+        bottom += 22
+        sheet.text(left, bottom, f"and {len(words) - len(shown)} more", 14, SOFT)
+    return bottom
 
 
 def save(path: str | Path, picture: Picture) -> None:

@@ -1,0 +1,399 @@
+"""Editing a model's concepts away: solve an edit, apply it to MODEL or CONDITIONING, combine, keep, export and look at edits."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io, ui
+
+from .decompose import image
+from .files import CACHE, EDITS, folder, locate, missing, names, slug, stamp, writable
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP
+    from torch import Tensor
+
+    from ..core.edit import ContextEdit, Report
+
+Socket = io.Custom("CONCEPTKIT_EDIT")
+METHODS = [
+    "conceptkit",
+    "uce-2025",
+    "uce-2025-expanded",
+    "uce-2023",
+    "time",
+    "time-augmented",
+    "mace",
+    "mace-no-prior",
+    "trce",
+    "realera",
+    "realera-isotropic",
+    "rece",
+    "rece-objects",
+]
+"""The names of those of ``core.edit.METHODS`` that erase; that module is not loaded to list a node."""
+
+_CATEGORY = "ConceptKit/edit"
+_ALIASES = ["conceptkit", "erase concept", "remove concept", "unlearn", "ablate", "edit concept", "UCE"]
+_GIVEN = "The edit, from Erase Concept, Load Edit or Combine Edits."
+_SOLVED = "The edit itself, a small matrix on the text, for ConceptKit's other nodes."
+_STRENGTH = "How much of the edit to apply: 1 is all of it, 0 leaves everything as it is, below 0 does the opposite."
+_REPORT = "What the edit reaches and what it costs: each concept's trace by layer, kept words, and the neighbours that moved most."
+_TEXT = "The same in words, with what such an edit cannot reach."
+
+
+class EraseConcept(io.ComfyNode):
+    """The node around ``core.edit.solve_edit``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitErase",
+            display_name="Erase Concept",
+            category=_CATEGORY,
+            description="Makes the model stop drawing a concept, or draw another in its place, in seconds and without training. "
+            "The model in the graph is not changed: the edit is a patch on a copy.",
+            search_aliases=[*_ALIASES, "replace concept", "forget", "censor", "MACE", "RECE", "negative prompt"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model to edit, with any LoRAs already on it. SD 1.x, SD 2.x and SDXL. It is only read."
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                io.String.Input(
+                    "concepts",
+                    default="circle",
+                    multiline=True,
+                    tooltip="What to erase, one to a line. `circle -> square` draws a square where a circle was asked for.",
+                ),
+                io.String.Input(
+                    "keep",
+                    default="",
+                    multiline=True,
+                    placeholder="ring\nmoon",
+                    tooltip="Words that must stay as they are, one to a line or separated by commas: best those that look or sound alike.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=METHODS,
+                    default="conceptkit",
+                    tooltip="conceptkit is the recommended one. The others are the published methods, for comparison.",
+                ),
+                io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 erases, 0 leaves everything as it is."),
+                io.Boolean.Input(
+                    "hard",
+                    default=False,
+                    tooltip="Close the text path for good: no prompt at all can say the concept any more. Costs more of what is near it.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    advanced=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="For methods that draw at random. The same seed gives the same edit.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The model without the concepts. LoRAs can be added before and after."),
+                Socket.Output("edit", tooltip=_SOLVED),
+                io.Image.Output("report", tooltip=_REPORT),
+                io.String.Output("text", tooltip=_TEXT),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, concepts: str = "-", keep: str = "") -> bool | str:
+        """True, or what to change. An input that another node gives is not known yet, and arrives here as None."""
+        from ..core.edit import parse_concepts
+
+        try:
+            if concepts is not None:
+                parse_concepts(concepts)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, model: ModelPatcher, clip: CLIP, concepts: str, keep: str, method: str, strength: float, hard: bool, seed: int
+    ) -> io.NodeOutput:
+        from ..core.edit import parse_concepts, solve_edit
+        from .comfy_model import Progress, check_text, graph_reading, patch_model, send_text
+
+        asked, kept = parse_concepts(concepts), words(keep)
+        for text in [*(concept.text for concept in asked), *(concept.replacement or "" for concept in asked), *kept]:
+            check_text(text)
+        node = cls.hidden.unique_id
+        with graph_reading(model, clip) as host:
+            edit = solve_edit(
+                host,
+                asked,
+                keep=kept,
+                method=method,
+                strength=strength,
+                hard=hard,
+                cache=folder(CACHE),
+                seed=seed,
+                on_step=Progress(node, label="solving"),
+            ).to("cpu")
+        send_text(node, edit.summary().splitlines()[0])
+        return io.NodeOutput(patch_model(model, edit), edit, chart(edit, edit.report), edit.summary())
+
+
+class ApplyEdit(io.ComfyNode):
+    """The node around ``ContextEdit.weight_patches``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitApplyEdit",
+            display_name="Apply Edit to Model",
+            category=_CATEGORY,
+            description="Patches a model with an edit that was solved before, on this model or another of its family.",
+            search_aliases=[*_ALIASES, "patch model", "apply erasure"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch, with any LoRAs already on it. It is only read."),
+                Socket.Input("edit", tooltip=_GIVEN),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.01, tooltip=_STRENGTH),
+            ],
+            outputs=[io.Model.Output("model", tooltip="A copy of the model with the edit as a patch.")],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, edit: ContextEdit, strength: float) -> io.NodeOutput:
+        from .comfy_model import patch_model
+
+        return io.NodeOutput(patch_model(model, edit.scale(strength)))
+
+
+class ApplyEditToConditioning(io.ComfyNode):
+    """The node around ``ContextEdit.apply_to_conditioning``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitEditConditioning",
+            display_name="Apply Edit to Conditioning",
+            category=_CATEGORY,
+            description="The edit without touching weights: for quantised models (fp8, GGUF), and in front of ControlNet. "
+            "On positive and negative alike it equals the patched model.",
+            search_aliases=[*_ALIASES, "conditioning adapter", "fp8", "gguf", "quantised"],
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The prompt, encoded. Use one node for the positive and one for the negative."
+                ),
+                Socket.Input("edit", tooltip=_GIVEN),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.01, tooltip=_STRENGTH),
+            ],
+            outputs=[io.Conditioning.Output("conditioning", tooltip="The prompt as the edited model would read it.")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: list[list[Any]], edit: ContextEdit, strength: float) -> io.NodeOutput:
+        from ..core.model import Conditioning
+
+        scaled = edit.scale(strength)
+        edited = []
+        for context, options in conditioning:
+            # ComfyUI passes a pooled text along for every CLIP; only SDXL's network reads it.
+            pooled = options.get("pooled_output") if scaled.pooled is not None else None
+            result = scaled.apply_to_conditioning(Conditioning(context, pooled))
+            edited.append([result.context, options if pooled is None else options | {"pooled_output": result.pooled}])
+        return io.NodeOutput(edited)
+
+
+class CombineEdits(io.ComfyNode):
+    """The node around ``ContextEdit.compose``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitCombineEdits",
+            display_name="Combine Edits",
+            category=_CATEGORY,
+            description="Two edits as one, as though a model had been patched with both. Concepts solved in one Erase Concept fit better.",
+            search_aliases=[*_ALIASES, "merge edits", "compose edits", "chain"],
+            inputs=[
+                Socket.Input("first", tooltip="The edit the model is patched with first."),
+                Socket.Input("second", tooltip="The edit the patched model is patched with next."),
+                io.Float.Input("first_strength", default=1.0, min=-2.0, max=2.0, step=0.01, tooltip="How much of the first edit to take."),
+                io.Float.Input(
+                    "second_strength", default=1.0, min=-2.0, max=2.0, step=0.01, tooltip="How much of the second edit to take."
+                ),
+            ],
+            outputs=[Socket.Output("edit", tooltip=_SOLVED)],
+        )
+
+    @classmethod
+    def execute(cls, first: ContextEdit, second: ContextEdit, first_strength: float, second_strength: float) -> io.NodeOutput:
+        return io.NodeOutput(first.scale(first_strength).compose(second.scale(second_strength)))
+
+
+class SaveEdit(io.ComfyNode):
+    """The node around ``ContextEdit.save``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitSaveEdit",
+            display_name="Save Edit",
+            category=_CATEGORY,
+            description="Keeps an edit as a small file in models/conceptkit/edits, for Load Edit.",
+            search_aliases=[*_ALIASES, "store", "keep", "export"],
+            inputs=[
+                Socket.Input("edit", tooltip=_GIVEN),
+                io.String.Input(
+                    "name",
+                    default="",
+                    placeholder="named after the concepts",
+                    tooltip="The start of the file's name; a short hash of the content follows. Empty takes the concepts.",
+                ),
+            ],
+            outputs=[io.String.Output("file", tooltip="The file's name, as Load Edit lists it.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, edit: ContextEdit, name: str) -> io.NodeOutput:
+        path = writable(EDITS, stem(edit, name))
+        edit.save(path)
+        return io.NodeOutput(path.name, ui=ui.PreviewText(f"{path.name}\nin {path.parent}"))
+
+
+class LoadEdit(io.ComfyNode):
+    """The node around ``ContextEdit.load``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitLoadEdit",
+            display_name="Load Edit",
+            category="ConceptKit/loaders",
+            description="Reads an edit that was saved, here or on another machine. Needs neither model nor time.",
+            search_aliases=[*_ALIASES, "open", "read", "import"],
+            inputs=[
+                io.Combo.Input("file", options=names(EDITS), tooltip="A file in models/conceptkit/edits, as Save Edit writes them."),
+            ],
+            outputs=[Socket.Output("edit", tooltip=_SOLVED), io.String.Output("text", tooltip=_TEXT)],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str = "") -> bool | str:
+        """True, or which file is missing and where it belongs."""
+        return True if file is None or file in names(EDITS) else missing(EDITS, file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        """Changes when another file lies under the same name."""
+        return stamp(EDITS, file)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        from ..core.edit import ContextEdit
+
+        edit = ContextEdit.load(locate(EDITS, file))
+        return io.NodeOutput(edit, edit.summary())
+
+
+class SaveEditAsLora(io.ComfyNode):
+    """The node around ``core.edit.save_lora``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitSaveEditLora",
+            display_name="Save Edit as LoRA",
+            category=_CATEGORY,
+            description="Makes an edit a stock LoRA file in models/loras, which works without ConceptKit, in any tool. Nothing is lost.",
+            search_aliases=[*_ALIASES, "export lora", "extract lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the LoRA is for, with the patches it will have when the LoRA is loaded."),
+                Socket.Input("edit", tooltip=_GIVEN),
+                io.String.Input(
+                    "name",
+                    default="",
+                    placeholder="named after the concepts",
+                    tooltip="The start of the file's name; a short hash of the content follows. Empty takes the concepts.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["fp16", "fp32"],
+                    default="fp16",
+                    tooltip="fp16 is half the size and what others use; fp32 is exact.",
+                ),
+            ],
+            outputs=[io.String.Output("file", tooltip="The file's name, as Load LoRA lists it.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, edit: ContextEdit, name: str, precision: str) -> io.NodeOutput:
+        import torch
+
+        from ..core.edit import save_lora
+        from .comfy_model import GraphCrossAttention
+
+        dtype = {"fp16": torch.float16, "fp32": torch.float32}[precision]
+        path = writable("loras", stem(edit, name))
+        # The same edit gives another file for another model: only its own name is taken again.
+        save_lora(edit, GraphCrossAttention(model), path, dtype=dtype, overwrite=True)
+        return io.NodeOutput(path.name, ui=ui.PreviewText(f"{path.name}\nin {path.parent}"))
+
+
+class EditReport(io.ComfyNode):
+    """The node around ``core.edit.report_edit``."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitEditReport",
+            display_name="Edit Report",
+            category=_CATEGORY,
+            description="What an edit does to a model, without drawing a picture: how far each concept is gone in every layer, "
+            "which other words it moves, and whether a prompt could bring it back.",
+            search_aliases=[*_ALIASES, "audit", "trace", "certificate", "what changed"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model from before the edit."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                Socket.Input("edit", tooltip=_GIVEN),
+            ],
+            outputs=[
+                io.Image.Output("report", tooltip=_REPORT),
+                io.String.Output("text", tooltip=_TEXT),
+                io.String.Output("json", tooltip="All numbers of the report as JSON."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, clip: CLIP, edit: ContextEdit) -> io.NodeOutput:
+        import json
+        from dataclasses import replace
+
+        from ..core.edit import report_edit
+        from .comfy_model import graph_reading
+
+        with graph_reading(model, clip) as host:
+            report = report_edit(host, edit, cache=folder(CACHE))
+        text = replace(edit, report=report).summary()
+        return io.NodeOutput(chart(edit, report), text, json.dumps(report.to_json(), indent=1))
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The texts of a list written one to a line or separated by commas, without repeats."""
+    return tuple(dict.fromkeys(part.strip() for part in re.split(r"[,\n]", text) if part.strip()))
+
+
+def stem(edit: ContextEdit, name: str) -> str:
+    """The name of an edit's file: what was asked for, or its concepts, and a hash of the content."""
+    return f"{name.strip() or slug('-'.join(concept.text for concept in edit.concepts))}-{edit.content_hash()[:10]}"
+
+
+def chart(edit: ContextEdit, report: Report | None) -> Tensor:
+    """A report as an IMAGE."""
+    from ..core.edit.picture import report_picture
+
+    return image(report_picture(edit, report))
