@@ -140,3 +140,10 @@ def test_a_resumed_training_run_equals_an_uninterrupted_one(tmp_path: Path) -> N
     whole = _run(tmp_path / "whole.pt", 20)
     _run(tmp_path / "parts.pt", 20, stop=13)
     torch.testing.assert_close(_run(tmp_path / "parts.pt", 20), whole, atol=0, rtol=0)
+
+
+def test_no_part_of_an_exemplar_has_nearly_the_colour_of_a_background():
+    for name, parts in render.EXEMPLARS.items():
+        for _, _, colour in parts:
+            for background in render.BACKGROUNDS.values():
+                assert max(abs(a - b) for a, b in zip(colour, background, strict=True)) >= 40, (name, colour, background)
