@@ -10,27 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from conceptkit.core import cli, decompose
-from conceptkit.core.demo.architecture import AUTOENCODER, TEXT, UNET, build_autoencoder, build_text_encoder, build_unet
-from conceptkit.core.hosts.checkpoint import to_single_file
+from conceptkit.core.bench import frame, verify
+from conceptkit.core.decompose import Decomposition
+from conceptkit.core.demo.world import shapes_world
 from PIL import Image
-from safetensors.torch import save_file
 
 Run = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint in the demo's layout."""
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        parts = [network.state_dict() for network in (build_unet(), build_text_encoder(), build_autoencoder())]
-    header = {"format": "conceptkit-demo", "version": 1, "unet": UNET, "text": TEXT, "autoencoder": AUTOENCODER}
-    tensors = {key: value.half().contiguous() for key, value in to_single_file(*parts).items()}
-    save_file(tensors, path, metadata={"conceptkit": json.dumps(header)})
-    return path
 
 
 @pytest.fixture
@@ -54,22 +40,35 @@ def test_sample(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "seed-1.png").read_bytes() == (out / "seed-1.png").read_bytes()
 
 
-def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def thrifty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decompositions that spend next to nothing."""
     quick = dict(pictures=1, heldout=1, steps=2, judged=2, rows=4, pursuits=1, screened=4, probed=1, refined=2, descent=1, batch=2)
     whole = decompose.decompose_concept
-    monkeypatch.setattr(
-        decompose, "decompose_concept", lambda *given, **options: whole(*given, **options | {"settings": quick, "limit": 8})
-    )
+
+    def less(*given: object, **options: object) -> Decomposition:
+        return whole(*given, **options | {"settings": quick, "words": 2, "limit": 8})
+
+    monkeypatch.setattr(decompose, "decompose_concept", less)
+    monkeypatch.setattr(verify, "decompose_concept", less)
+    monkeypatch.setattr(verify, "POOL", 8)
+
+
+@pytest.mark.usefixtures("thrifty")
+def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--model", checkpoint, "--size", 64, "--steps", 2, "--seeds", 1)
     out, pool = tmp_path / "out", tmp_path / "pool.txt"
     pool.write_text("red\ngreen raven robin finch\n", "utf-8")
     assert run("decompose", "bird", *common, "--words", 2, "--candidates", pool, "--out", out) == 0
-    assert {path.name for path in out.iterdir()} == {"chart.png", "decomposition.json", "pictures.png"}
+    files = {"chart.png", "decomposition.json", "decomposition.safetensors", "bird-words.safetensors", "pictures.png", "words.png"}
+    assert {path.name for path in out.iterdir()} == files
     numbers = json.loads((out / "decomposition.json").read_text("utf-8"))
     assert {word["word"] for word in numbers["words"]} <= set(pool.read_text("utf-8").split())
     assert numbers["concept"] == "bird" and 1 <= len(numbers["words"]) <= 2
     assert sum(word["share"] for word in numbers["words"]) == pytest.approx(1)
     assert numbers["evals"] > numbers["calls"] > 0
+    loaded = Decomposition.load(out / "decomposition.safetensors")
+    assert [word["word"] for word in numbers["words"]] == list(loaded.words)
     assert f"{numbers['words'][0]['word']}: share" in capsys.readouterr().out
     assert run("decompose", "bird", *common, "--template", "a photo", "--out", tmp_path) == 1
     assert "must contain {} once" in capsys.readouterr().err
@@ -78,11 +77,33 @@ def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pyte
     assert "zzqqzz" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("thrifty")
+def test_verify_writes_a_page(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", checkpoint, "--size", 64, "--steps", 2, "--seeds", 1)
+    assert run("verify", *common, "--draws", 2, "--concept", "bird", "--out", tmp_path / "new") == 0
+    page = (tmp_path / "new" / "verify.md").read_text("utf-8")
+    assert "| recall of the planted words |" in page and "## bird" in page and "(verify.png)" in page
+    assert page.count("of memory") + page.count(" minutes.") >= 1
+    assert (tmp_path / "new" / "verify.png").is_file() and page in capsys.readouterr().out
+
+
+def test_bench(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(frame, "run", lambda suite, parts, *, processes, say: {"rows": [], "bars": [], "asked": [suite.name, processes]})
+    path = tmp_path / "new" / "rows.json"
+    assert run("bench", "decompose", "--json", path, "--model", checkpoint, "--processes", 0) == 0
+    assert json.loads(path.read_text("utf-8"))["asked"] == ["decompose", 0]
+    assert run("bench", "decompose", "--json", path, "--methods", "distilled,magic") == 1
+    assert "there is no method magic" in capsys.readouterr().err
+
+
 def test_world(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("world", "--per-word", 1, "--out", tmp_path) == 0
+    assert json.loads((tmp_path / "world.json").read_text("utf-8")) == shapes_world().describe()
     assert Image.open(tmp_path / "world.png").height > 1000
     lines = capsys.readouterr().out.splitlines()
-    assert {"bird (category): 50% robin, 30% finch, 20% raven", "crane (double): finch + truck", "robin (exemplar)"} <= set(lines)
+    shares = {spec["kind"]: share for share, spec in shapes_world().words["bird"].make_up}
+    bird = ", ".join(f"{share:.0%} {kind}" for kind, share in sorted(shares.items(), key=lambda item: -item[1]))
+    assert {f"bird (category): {bird}", "crane (double): finch + truck", "robin (exemplar)"} <= set(lines)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Benchmarks with known answers: one frame, and a suite per lever."""

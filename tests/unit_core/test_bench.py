@@ -1,0 +1,278 @@
+"""The bench frame's promises (plan first, never exceeded, resumable, schema, intervals) and the decomposition suite's arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conceptkit.core import score
+from conceptkit.core.bench import decompose as suite_module
+from conceptkit.core.bench import frame, planted
+from conceptkit.core.bench.decompose import COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row, right_words
+from conceptkit.core.bench.frame import Bar, Job
+from conceptkit.core.demo.world import second_world, shapes_world
+from conceptkit.core.hosts.diffusers import load_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def measure(value: int, log: str = "") -> dict[str, Any]:
+    if log:
+        with Path(log).open("a") as file:
+            file.write(f"{value}\n")
+    if value < 0:
+        raise ValueError("negative")
+    return {"evals": value, "square": value**2}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A suite of squares."""
+
+    listed: tuple[Job, ...]
+    limit: int | None = None
+    name = "tiny"
+    profile = "quick"
+
+    def jobs(self) -> Sequence[Job]:
+        return self.listed
+
+    def rows(self, done: Mapping[str, Any], cached: frozenset[str]) -> list[dict[str, Any]]:
+        return [{"square": done[job.key]["square"], "cached": job.key in cached} for job in self.listed if job.key in done]
+
+    def bars(self, rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
+        return [Bar("some row", str(len(rows)), bool(rows))]
+
+
+def job(value: int, **fields: Any) -> Job:
+    arguments = {"value": value, **fields.pop("arguments", {})}
+    return Job("squares", measure, arguments, fields.pop("evals", abs(value)), **fields)
+
+
+def test_the_plan_is_said_first_and_not_exceeded(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    suite = Tiny(tuple(job(value, arguments={"log": str(log)}) for value in (3, 6, 5)), limit=8)
+    said: list[tuple[str, bool]] = []
+    report = frame.run(suite, None, processes=0, say=lambda line: said.append((line, log.exists())))
+    lines = [line for line, _ in said]
+    planned = next(i for i, line in enumerate(lines) if line.startswith("planned: at most 8 evals"))
+    assert not any(begun for _, begun in said[: planned + 1])
+    assert any("left out" in line and "squares, 1 x" in line for line in lines[:planned])
+    assert log.read_text().split() == ["3", "5"]  # six more evals would not have fitted, five do
+    assert report["run"]["evals"] == 8 == report["run"]["planned_evals"] and report["run"]["left_out"] == 1
+    assert [row["square"] for row in report["rows"]] == [9, 25]
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    broken = Tiny((job(2, arguments={"log": str(log)}), job(-1, arguments={"log": str(log)})))
+    with pytest.raises(ValueError, match="negative"):
+        frame.run(broken, tmp_path / "parts", processes=0, say=str)
+    whole = Tiny((broken.listed[0], job(7, arguments={"log": str(log)})))
+    report = frame.run(whole, tmp_path / "parts", processes=0, say=str)
+    assert log.read_text().split() == ["2", "-1", "7"]
+    assert report["rows"] == [{"square": 4, "cached": True}, {"square": 49, "cached": False}]
+    assert report["run"]["cached"] == 1 and report["run"]["planned_evals"] == 7
+
+
+def test_a_result_is_found_by_all_it_depends_on() -> None:
+    assert job(3).key == job(3).key == job(3, evals=99).key
+    assert len({job(3).key, job(4).key, job(3, depends=("weights",)).key, job(3, isolated=True).key}) == 4
+
+
+def test_processes_change_nothing_but_the_memory_that_is_measured(tmp_path: Path) -> None:
+    # Measured by dict itself, which other processes can import: they return their arguments.
+    alone = Job("squares", dict, {"evals": 3, "square": 9}, 3, isolated=True)
+    suite = Tiny((Job("squares", dict, {"evals": 2, "square": 4}, 2), alone))
+    report = frame.run(suite, tmp_path, processes=2, say=str)
+    assert [row["square"] for row in report["rows"]] == [4, 9]
+    peak = json.loads((tmp_path / f"{alone.key}.json").read_text())["result"]["peak_mb"]
+    assert peak is None or 1 < peak < 4096
+
+
+def test_shipped_baselines_are_read_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Tiny((job(2, baseline=True), job(3)))
+    frame.run(suite, tmp_path / "parts", processes=0, say=str)
+    assert frame.ship(suite, tmp_path / "parts", tmp_path / "data") == 1
+    monkeypatch.setattr(frame, "DATA", tmp_path / "data")
+    plan = frame.plan(suite, None)
+    assert [job.arguments["value"] for job in plan.fresh] == [3] and list(plan.known) == [suite.listed[0].key]
+
+
+def test_the_report_s_schema() -> None:
+    report = frame.run(Tiny((job(2),)), None, processes=0, say=str)
+    assert list(report)[:5] == ["suite", "version", "profile", "machine", "rows"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert "met  some row: 1" in frame.summary(report)
+
+
+@given(st.integers(0, 60), st.integers(1, 60))
+def test_wilson_holds_the_share(hits: int, of: int) -> None:
+    hits = min(hits, of)
+    low, high = score.wilson(hits, of)
+    assert 0 <= low <= hits / of + 1e-12 and hits / of - 1e-12 <= high <= 1
+
+
+def test_wilson_by_hand() -> None:
+    assert score.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12))
+def test_a_bootstrap_interval_holds_the_mean(values: list[float]) -> None:
+    interval = score.mean_interval(values, resamples=200)
+    assert interval is not None
+    assert interval[0] - 1e-6 <= sum(values) / len(values) <= interval[1] + 1e-6
+    assert score.mean_interval(values[:1]) is None
+
+
+def test_total_variation_by_hand() -> None:
+    assert score.total_variation([0, 0, 1, 1], [0, 0, 1, -1]) == pytest.approx(0.25)
+    assert score.total_variation([0, 1], [2, 2]) == 1 and score.total_variation([1, 0], [0, 1]) == 0
+    assert score.split_half_floor([0] * 9) == 0
+    # Four pictures, two of each outcome: one in three random halvings is pure, the others are even.
+    assert score.split_half_floor([0, 0, 1, 1], splits=3000) == pytest.approx(1 / 3, abs=0.03)
+    with pytest.raises(ValueError, match="two pictures"):
+        score.split_half_floor([1])
+
+
+@pytest.fixture(scope="module")
+def text():
+    return load_model("demo").text
+
+
+def test_planted_mixtures_are_what_they_say(text) -> None:
+    words = [word.text for word in shapes_world().words.values() if word.synonym_of is None]
+    made = planted.plant(text, words, 3, 5)
+    assert planted.recovered(made, made.words, made.shares, words) == (3, pytest.approx(1))
+    assert planted.recovered(made, made.words[:1], (1.0,), words)[0] == 1
+    found, correlation = planted.recovered(made, [w for w in words if w not in made.words][:3], (0.5, 0.3, 0.2), words)
+    assert found == 0 and correlation < 0
+    assert planted.plant(text, words, 3, 5).shares == made.shares and planted.plant(text, words, 3, 6).words != made.words
+
+
+def test_a_perturbation_is_as_long_as_the_mixture_and_outside_the_words_span(text) -> None:
+    words = list(shapes_world().words)
+    hidden = planted.hidden_directions(text, words, "a photo of a {}")
+    rows = torch.stack([text.tables["l"][text.vocabulary[f"{word}</w>"]] for word in words])
+    assert float((rows @ hidden["l"].T).abs().max()) < 1e-4 * float(rows.norm(dim=1).mean())
+    made = planted.plant(text, words, 2, 1, hidden)
+    plain, token = made.plain["l"][0], made.token["l"][0]
+    assert float(token.norm()) == pytest.approx(float(plain.norm()), rel=1e-4)
+    assert float(torch.cosine_similarity(plain, token, dim=0)) == pytest.approx(0.5**0.5, abs=1e-3)
+
+
+def test_natural_words_and_their_right_answers() -> None:
+    for world in (shapes_world(), second_world()):
+        tuned, held_out = halves(world)
+        assert sorted(tuned + held_out) == sorted(word.text for word in world.composites) and not set(tuned) & set(held_out)
+    assert right_words(shapes_world(), "anger") == {"red", "crimson", "cross", "triangle"}
+
+
+def natural(word: str, **fields: Any) -> dict[str, Any]:
+    base = {"found": [["robin", 0.6], ["finch", 0.4]], "hits": 2, "judged": 2, "r2": 0.95, "method_evals": 1000, "seconds": 2.0}
+    outcomes = {"outcomes": [0, 0, 1, 1] * 6, "concept_outcomes": [0, 1] * 12, "oracle_outcomes": [0, 1] * 12, "oracle_r2": 0.97}
+    return {"word": word, **base, **outcomes, **fields}
+
+
+def test_a_natural_row() -> None:
+    row = natural_row([natural("bird"), natural("fruit", outcomes=[-1] * 24, hits=0, r2=0.5), natural("joy", outcomes=None)])
+    assert row["related"] == pytest.approx(4 / 6) and row["n"] == 6
+    assert row["related_interval"][0] < 4 / 6 < row["related_interval"][1]
+    assert [word["tv"] for word in row["each"]] == [0, 1, None] and row["tv"] == 0.5
+    assert row["oracle_tv"] == 0 and 0 < row["tv_floor"] < 0.4
+    assert row["evals"] == 1000 == row["evals_max"]
+
+
+def draw(number: int, **fields: Any) -> dict[str, Any]:
+    base = {"planted": [["red", 0.7], ["star", 0.3]], "found": [["red", 1.0]], "hits": 2, "weight_corr": 0.95, "r2": 0.9}
+    return {"draw": number, **base, "perturbation_effect": None, "method_evals": 1200, "seconds": 3.0, **fields}
+
+
+def row_of(method: str, set_: str, figures: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    return suite_module._row(method, set_, "shapes", fields.pop("half", None), [], frozenset(), {**figures, "peak_mb": None, **fields})
+
+
+def test_rows_have_every_column_and_their_intervals_hold_the_estimates() -> None:
+    figures = planted_row([draw(0), draw(1, hits=1, weight_corr=0.5)])
+    row = row_of("distilled", "planted", figures)
+    assert tuple(row) == (*COLUMNS, "intervals", "each")
+    assert row["recall_at_k"] == 0.75 and row["related"] is None and row["tv"] is None
+    for name, interval in row["intervals"].items():
+        assert interval is None or interval[0] <= row[name] <= interval[1]
+    assert json.dumps(row, allow_nan=False)
+
+
+def test_bars_are_judged_where_the_oracle_reaches_them() -> None:
+    suite = DecomposeSuite()
+    words = [natural("bird"), natural("fruit", oracle_r2=0.4, r2=0.1, oracle_outcomes=[-1] * 24, outcomes=[-1] * 24)]
+    rows = [row_of("distilled", "planted", planted_row([draw(0), draw(1, method_evals=1501)]))]
+    rows += [row_of("distilled", "natural", natural_row(words), half="held out")]
+    rows += [row_of("conceptor", "planted", planted_row([draw(1, hits=1, r2=0.5, method_evals=40_000)]))]
+    bars = {bar.bar: bar for bar in suite.bars(rows)}
+    judged = next(bar for name, bar in bars.items() if "held-out R2 at least" in name)
+    assert judged.met is True and "1 of 2 words; not judged: fruit" in judged.value
+    assert next(bar for name, bar in bars.items() if "tv at most" in name).met is True
+    assert bars["planted, every draw within 1,500 evals"].met is False
+    better = bars["planted, better recall than conceptor"]
+    assert better.met is True and "same 1 draws" in better.value
+    assert bars["at most 1/20 of the evals conceptor was published with"].met is True
+    assert bars["peak memory at most 1 GiB"].met is None
+
+
+def test_quick_fits_and_never_drops_the_default_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(frame, "DATA", tmp_path)
+    plan = frame.plan(DecomposeSuite(), None)
+    assert plan.evals <= 150_000 == SIZES["quick"].limit
+    assert {job.arguments.get("method") for job in plan.dropped} <= {None, "conceptor"}
+    assert all(job.baseline for job in plan.dropped)
+    assert {job.measure.__name__ for job in plan.fresh} >= {"measure_planted", "measure_natural", "measure_concept"}
+    assert frame.plan(DecomposeSuite("full"), None).dropped == ()
+
+
+@pytest.fixture
+def tiny(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A random model, and as little of everything as a measurement takes."""
+    quick = dict(pictures=1, heldout=1, steps=2, judged=2, rows=4, pursuits=1, screened=4, probed=1, refined=2, descent=1, batch=2)
+    from conceptkit.core import decompose
+
+    whole = decompose.decompose_concept
+    less = {"settings": quick, "words": 2}
+    monkeypatch.setattr(decompose, "decompose_concept", lambda *given, **options: whole(*given, **options | less))
+    for name, value in (("FIDELITY_PICTURES", 1), ("STEPS", 2), ("DECOYS", 6), ("ORACLE", 2)):
+        monkeypatch.setattr(suite_module, name, value)
+    return str(checkpoint)
+
+
+def test_measurements_of_a_random_model(tiny: str) -> None:
+    made = suite_module.measure_planted(tiny, "shapes", "distilled", "planted", 0)
+    assert len(made["planted"]) == 2 and 0 <= made["hits"] <= 2 and made["r2"] <= 1 and made["perturbation_effect"] > 0
+    assert made["evals"] > made["method_evals"] > 0
+    assert suite_module.measure_planted(tiny, "shapes", "distilled", "planted_exact", 0)["perturbation_effect"] is None
+    word = suite_module.measure_natural(tiny, "shapes", "distilled", "natural", "crane", 2)
+    oracle = suite_module.measure_oracle(tiny, "shapes", "crane", 2)
+    own = suite_module.measure_concept(tiny, "shapes", "crane", 2)
+    for result in (word, oracle, own):
+        assert len(result["outcomes"]) == 2 and set(result["outcomes"]) <= {-1, 0}
+        assert result["evals"] >= 8
+    assert "crane" not in [w for w, _ in word["found"]]
+
+
+def test_a_whole_suite_on_a_random_model(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_module, "SIZES", {"quick": replace(SIZES["quick"], planted=2, exact=1, pictures=2, baseline_planted=0)})
+    suite = DecomposeSuite(model=tiny, methods=("distilled",))
+    wanted = [job for job in suite.jobs() if job.arguments.get("word", "crane") == "crane" and not job.isolated]
+    suite.__dict__["_jobs"] = tuple(wanted)
+    report = frame.run(suite, tmp_path, processes=0, say=str)
+    assert {(row["set"], row["half"]) for row in report["rows"]} == {
+        ("planted", None),
+        ("planted_exact", None),
+        *((set_, "held out") for set_ in ("natural", "natural_decoys")),
+    }
+    assert all(tuple(row)[: len(COLUMNS)] == COLUMNS for row in report["rows"])
+    assert report["run"]["evals"] <= report["run"]["planned_evals"]
+    assert frame.plan(suite, tmp_path).fresh == ()
