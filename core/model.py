@@ -6,7 +6,7 @@ denoiser returns its estimate of ``x0``. For an epsilon model the predicted nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
@@ -145,6 +145,23 @@ class ImageScorer(Protocol):
         """The factor that turns a cosine into a logit."""
 
 
+@runtime_checkable
+class CrossAttention(Protocol):
+    """The weights that read the text, as the graph's patches leave them, streamed: no two layers need to be in memory at once.
+
+    Names are diffusers' module paths, whoever hosts the model. Tensors are detached and floating point, on any device.
+    """
+
+    def key_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Path ("mid_block.attentions.0.transformer_blocks.0.attn2.to_k") and weight (out, width) of every to_k and to_v, in a fixed order.
+
+        Raises UnsupportedModel for weights that cannot be read as numbers, such as quantised ones.
+        """
+
+    def pooled(self) -> tuple[str, Tensor] | None:
+        """Path and weight (out, in) of the layer whose leading inputs are the pooled text ("add_embedding.linear_1", SDXL), or None."""
+
+
 @dataclass
 class Meter:
     """Counts the cost of a run in the unit every result carries.
@@ -175,6 +192,8 @@ class Model:
     words: tuple[str, ...] | None = None
     """The words it was trained on, where its vocabulary is known to hold untrained ones (the demo model); None otherwise."""
     meter: Meter = field(default_factory=Meter)
+    cross_attention: CrossAttention | None = None
+    """Access to the weights that read the text; None where a host has none to give."""
 
     def denoise(self, x: Tensor, sigma: Tensor | float, conditioning: Conditioning) -> Tensor:
         """x0 for a batch, counted, cancellable and checked.

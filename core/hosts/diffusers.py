@@ -9,7 +9,7 @@ files are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -249,6 +249,23 @@ class DiffusersDenoiser:
         return x / norm.square() - output * (scale / norm) if self._v_prediction else x - output * scale
 
 
+class DiffusersCrossAttention:
+    """``core.model.CrossAttention`` over diffusers' UNet2DConditionModel."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self._unet = unet
+
+    def key_values(self) -> Iterator[tuple[str, Tensor]]:
+        for path, module in self._unet.named_modules():
+            if path.endswith(("attn2.to_k", "attn2.to_v")):
+                yield path, module.weight.detach()
+
+    def pooled(self) -> tuple[str, Tensor] | None:
+        if self._unet.config.addition_embed_type != "text_time":
+            return None
+        return "add_embedding.linear_1", self._unet.add_embedding.linear_1.weight.detach()
+
+
 class DiffusersAutoencoder:
     """``core.model.Autoencoder`` over diffusers' AutoencoderKL (the posterior's mode) or AutoencoderTiny."""
 
@@ -394,7 +411,8 @@ def _assemble(
         downscale = _downscale(vae.config)
         autoencoder = DiffusersAutoencoder(_frozen(vae, device, torch.float32 if vae.config.force_upcast else dtype))
     denoiser = DiffusersDenoiser(_frozen(unet, device, dtype), sigmas, v_prediction=v_prediction, downscale=downscale)
-    return Model(family, name, DiffusersText(tokenizer, encoders), denoiser, autoencoder)
+    attention = DiffusersCrossAttention(unet)
+    return Model(family, name, DiffusersText(tokenizer, encoders), denoiser, autoencoder, cross_attention=attention)
 
 
 def _check_unet(config: Mapping[str, Any], name: str) -> None:

@@ -1,0 +1,324 @@
+"""An edit of what a model reads in its texts: one low-rank map on the context, whatever the weights it is applied to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from .. import artifact
+from ..model import Conditioning, CrossAttention, Family, NonFinite
+from .layers import weights
+from .report import Report
+from .solve import LowRank
+from .texts import Concept
+
+FORMAT, VERSION = "conceptkit-edit", 1
+FAMILIES: tuple[str, ...] = (*get_args(Family), "sd3", "flux")
+"""Whose texts an edit may be for. SD3 and Flux (experimental) take it as conditioning only."""
+LIMITS = 1 << 16
+"""Largest width, and largest number of columns, an edit on disk may state."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPatch:
+    """W' = W + up @ down. up: (out, rank), down: (rank, in), float32."""
+
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ContextEdit:
+    """T = I + U V^T on every text context c (rows as columns here), and so on every weight that reads it: W' = W T.
+
+    context: (width, rank) factors, float32. pooled: the same for the pooled text (SDXL), or None. gains: per layer path a factor per column
+    where it is not 1 (T_l = I + U diag(g_l) V^T). What it was solved from: concepts, anchors (the text each is read as), keep, method,
+    settings, and ``model``, the hash of the weights that read the text. Nothing is ever written into a model, so leaving the edit out
+    undoes it. Source: the common form of TIME, UCE, MACE, RECE and TRCE's closed-form edits, which share one matrix for all layers.
+    """
+
+    family: str
+    context: LowRank
+    pooled: LowRank | None = None
+    gains: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    concepts: tuple[Concept, ...] = ()
+    anchors: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    method: str = ""
+    settings: Mapping[str, float | str | bool] = field(default_factory=dict)
+    model: str = ""
+    report: Report | None = None
+
+    def __post_init__(self) -> None:
+        for part in (self.context, self.pooled):
+            if part is not None and not (torch.isfinite(part.u).all() and torch.isfinite(part.v).all()):
+                raise NonFinite("the edit holds NaN or infinity: raise the ridge, or give captions to preserve")
+
+    @property
+    def rank(self) -> int:
+        """Columns of U and V: 0 is the identity."""
+        return self.context.rank
+
+    @property
+    def width(self) -> int:
+        """Width of the context it applies to."""
+        return self.context.width
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is changed by construction."""
+        return self.rank == 0 and (self.pooled is None or self.pooled.rank == 0)
+
+    @staticmethod
+    def identity(family: str, width: int) -> ContextEdit:
+        """The edit that changes nothing."""
+        return ContextEdit(family, single(LowRank.identity(width)))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write a "conceptkit-edit" artifact; see ``core.artifact.write`` for what is raised."""
+        artifact.write(path, self._tensors(), self._header(), overwrite=overwrite)
+
+    @staticmethod
+    def load(path: str | Path) -> ContextEdit:
+        """An edit from disk, every part of it checked. Raises ArtifactError, naming the file, for anything that ``save`` does not write."""
+        tensors, header = artifact.read(path, FORMAT, VERSION, _layout)
+        try:
+            report = None if header["report"] is None else Report.from_json(header["report"])
+            concepts = tuple(
+                Concept(c["text"], c["replacement"], tuple((str(a), float(s)) for a, s in c["attributes"])) for c in header["concepts"]
+            )
+            gains = {path: tuple(map(float, row)) for path, row in zip(header["layers"], tensors["gains"].tolist(), strict=True)}
+            return ContextEdit(
+                family=header["family"],
+                context=LowRank(tensors["context.u"], tensors["context.v"]),
+                pooled=LowRank(tensors["pooled.u"], tensors["pooled.v"]) if "pooled.u" in tensors else None,
+                gains=gains,
+                concepts=concepts,
+                anchors=tuple(header["anchors"]),
+                keep=tuple(header["keep"]),
+                method=header["method"],
+                settings=header["settings"],
+                model=header["model"],
+                report=report,
+            )
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise artifact.ArtifactError(f"{path} has an incomplete header ({type(error).__name__}: {error}): make it again") from error
+
+    def content_hash(self) -> str:
+        """SHA-256 of everything the edit is."""
+        return artifact.content_hash(self._tensors(), self._header())
+
+    def to(self, device: torch.device | str) -> ContextEdit:
+        """The same edit with its factors on ``device``."""
+
+        def move(part: LowRank) -> LowRank:
+            return LowRank(part.u.to(device), part.v.to(device))
+
+        return replace(self, context=move(self.context), pooled=None if self.pooled is None else move(self.pooled))
+
+    def scale(self, strength: float) -> ContextEdit:
+        """T = I + strength U V^T: 0 is the identity, 1 the edit itself, whose report alone holds. Raises ValueError for NaN."""
+        if not math.isfinite(strength):
+            raise ValueError(f"the strength is {strength}: give a number, 0 for no edit and 1 for the whole")
+        if strength == 1:
+            return self
+
+        def scaled(part: LowRank) -> LowRank:
+            return LowRank(part.u * strength, part.v) if strength else single(LowRank.identity(part.width))
+
+        return replace(
+            self,
+            context=scaled(self.context),
+            pooled=None if self.pooled is None else scaled(self.pooled),
+            gains=self.gains if strength else {},
+            settings={**self.settings, "strength": strength * float(self.settings.get("strength", 1.0))},
+            report=None,
+        )
+
+    def compose(self, after: ContextEdit) -> ContextEdit:
+        """This edit, then ``after`` solved on (or meant for) the weights this one gives: W T_self T_after. Reports are dropped.
+
+        Raises ValueError for edits of different families or widths, and for edits that differ from layer to layer.
+        """
+        if (self.family, self.width) != (after.family, after.width):
+            raise ValueError(
+                f"an edit for {self.family} (width {self.width}) cannot follow one for {after.family} (width {after.width}): "
+                "combine edits of one model family"
+            )
+        if self.gains or after.gains:
+            raise ValueError("edits that differ from layer to layer do not combine: solve their concepts together, in one call")
+        if after.is_identity:
+            return self
+        if self.is_identity:
+            return after
+        pooled = self.pooled or after.pooled
+        if self.pooled is not None and after.pooled is not None:
+            pooled = single(_double(self.pooled).compose(_double(after.pooled)))
+        return replace(
+            self,
+            context=single(_double(self.context).compose(_double(after.context))),
+            pooled=pooled,
+            concepts=self.concepts + after.concepts,
+            anchors=self.anchors + after.anchors,
+            keep=tuple(dict.fromkeys(self.keep + after.keep)),
+            method=self.method if self.method == after.method else f"{self.method}, {after.method}",
+            settings={},
+            report=None,
+        )
+
+    def truncate(
+        self, tolerance: float = 1e-3, *, rank: int = 64, gram: Tensor | None = None, covariance: Tensor | None = None
+    ) -> ContextEdit:
+        """The edit with the fewest columns, at most ``rank``, that loses at most ``tolerance`` of it (see ``LowRank.truncate``).
+
+        gram, covariance: (width, width), of the context's layers and captions. Raises ValueError for an edit that differs by layer.
+        """
+        if self.gains:
+            raise ValueError("an edit that differs from layer to layer cannot be truncated: save it as it is")
+        pooled = None if self.pooled is None else single(self.pooled.truncate(tolerance, rank))
+        return replace(self, context=single(self.context.truncate(tolerance, rank, gram, covariance)), pooled=pooled)
+
+    def apply_to_conditioning(self, conditioning: Conditioning) -> Conditioning:
+        """The conditioning as the edited weights would read it; the same object for the identity.
+
+        For the negative prompt too, to equal the edit of the weights exactly. Raises ValueError for a conditioning of another width and for
+        an edit that differs from layer to layer.
+        """
+        if self.is_identity:
+            return conditioning
+        if self.gains:
+            raise ValueError("this edit differs from layer to layer, which no conditioning can: apply it to the MODEL")
+        if conditioning.context.shape[-1] != self.width:
+            raise ValueError(
+                f"the conditioning is {conditioning.context.shape[-1]} wide and the edit is for {self.family}, {self.width} wide: "
+                "encode the prompt with the model family the edit was solved on"
+            )
+        pooled = conditioning.pooled
+        if pooled is not None and self.pooled is not None:
+            if pooled.shape[-1] != self.pooled.width:
+                raise ValueError(
+                    f"the pooled text is {pooled.shape[-1]} wide and the edit is for {self.pooled.width}: use its own model family"
+                )
+            pooled = self.pooled.apply(pooled)
+        return replace(conditioning, context=self.context.apply(conditioning.context), pooled=pooled)
+
+    def weight_patches(self, attention: CrossAttention) -> Iterator[tuple[str, WeightPatch]]:
+        """Path and patch of every weight that reads the text, one at a time: W T = W + (W U) V^T, exactly, float32 on the CPU.
+
+        ``down`` is one tensor for all layers. The identity yields nothing. Raises ValueError for weights of another width or a layer the
+        edit has gains for and the model has not, UnsupportedModel for quantised weights.
+        """
+        for path, _, patch in self._patched(attention):
+            yield path, patch
+
+    def bake(self, attention: CrossAttention) -> Iterator[tuple[str, Tensor]]:
+        """Path and whole new weight of every layer, in its own dtype, one at a time; the identity yields nothing."""
+        for path, weight, patch in self._patched(attention):
+            yield path, (weight.float() + patch.up @ patch.down).to(weight.dtype)
+
+    def _patched(self, attention: CrossAttention) -> Iterator[tuple[str, Tensor, WeightPatch]]:
+        missing = set(self.gains)
+        if self.rank:
+            u, down = self.context.u.float().cpu(), self.context.v.float().cpu().T.contiguous()
+            for path, weight in weights(attention, self.width):
+                up = weight.float() @ u
+                if path in self.gains:
+                    missing.discard(path)
+                    up = up * torch.tensor(self.gains[path])
+                yield path, weight, WeightPatch(up, down)
+        if missing:
+            raise ValueError(f"the model has no layer {min(missing)}, which the edit is for: use the model family it was solved on")
+        if self.pooled is not None and self.pooled.rank:
+            layer = attention.pooled()
+            if layer is None or layer[1].shape[1] < self.pooled.width:
+                raise ValueError("the edit has a part for the pooled text and the model reads none: use the model family it was solved on")
+            path, weight = layer[0], layer[1].detach().cpu()
+            down = torch.zeros(self.pooled.rank, weight.shape[1])
+            down[:, : self.pooled.width] = self.pooled.v.float().cpu().T
+            yield path, weight, WeightPatch(weight[:, : self.pooled.width].float() @ self.pooled.u.float().cpu(), down)
+
+    def summary(self) -> str:
+        """What the edit does, in a few lines for people."""
+        if self.is_identity:
+            return "No edit: nothing is changed."
+        names = ", ".join(map(str, self.concepts[:8])) + (f" and {len(self.concepts) - 8} more" if len(self.concepts) > 8 else "")
+        lines = [f"{names or 'an edit'}: method {self.method}, rank {self.rank}" + (f" + {self.pooled.rank} pooled" if self.pooled else "")]
+        return "\n".join(lines + ([] if self.report is None else [self.report.summary()]))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"context.u": self.context.u, "context.v": self.context.v}
+        if self.pooled is not None:
+            tensors |= {"pooled.u": self.pooled.u, "pooled.v": self.pooled.v}
+        rows = [self.gains[path] for path in sorted(self.gains)]
+        tensors["gains"] = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), self.rank)
+        return tensors
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "family": self.family,
+            "width": self.width,
+            "rank": self.rank,
+            "pooled": None if self.pooled is None else [self.pooled.width, self.pooled.rank],
+            "layers": sorted(self.gains),
+            "concepts": [
+                {"text": c.text, "replacement": c.replacement, "attributes": [list(a) for a in c.attributes]} for c in self.concepts
+            ],
+            "anchors": list(self.anchors),
+            "keep": list(self.keep),
+            "method": self.method,
+            "settings": dict(self.settings),
+            "model": self.model,
+            "report": None if self.report is None else self.report.to_json(),
+        }
+
+
+def _layout(header: artifact.Header) -> Mapping[str, artifact.Spec]:
+    texts = [header["family"], header["method"], header["model"], *header["layers"], *header["keep"], *header["anchors"]]
+    texts += [c["text"] for c in header["concepts"]] + [c["replacement"] for c in header["concepts"] if c["replacement"] is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text is expected where another value stands")
+    if header["family"] not in FAMILIES:
+        raise ValueError(f"unknown model family {header['family'][:40]!r}")
+    if len(header["anchors"]) != len(header["concepts"]):
+        raise ValueError("concepts and anchors differ in number")
+    settings = header["settings"]
+    if not isinstance(settings, dict) or not all(isinstance(value, (bool, int, float, str)) for value in settings.values()):
+        raise TypeError("settings must be numbers, texts or booleans")
+    if len(set(header["layers"])) != len(header["layers"]):
+        raise ValueError("a layer is listed twice")
+    width, rank = _size(header["width"]), _size(header["rank"])
+    specs: dict[str, artifact.Spec] = {
+        "context.u": (torch.float32, (width, rank)),
+        "context.v": (torch.float32, (width, rank)),
+        "gains": (torch.float64, (len(header["layers"]), rank)),
+    }
+    if header["pooled"] is not None:
+        pooled_width, pooled_rank = map(_size, header["pooled"])
+        specs |= dict.fromkeys(("pooled.u", "pooled.v"), (torch.float32, (pooled_width, pooled_rank)))
+    return specs
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= LIMITS:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def single(part: LowRank) -> LowRank:
+    """The factors in float32, the precision edits are kept in; columns are scaled by powers of two so that both factors fit in float16."""
+    u, v = part.u.double(), part.v.double()
+    sizes = torch.stack([u.abs().amax(0), v.abs().amax(0)]).clamp_min(torch.finfo(torch.float64).tiny) if part.rank else u.new_ones(2, 0)
+    scale = torch.exp2(((sizes[0].log2() - sizes[1].log2()) / 2).round())
+    return LowRank((u / scale).float(), (v * scale).float())
+
+
+def _double(part: LowRank) -> LowRank:
+    return LowRank(part.u.double(), part.v.double())

@@ -1,0 +1,192 @@
+"""From words to an edit and its report: the verb of this package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..model import Model, NonFinite
+from ..progress import OnStep, silent
+from ..vocabulary import candidates
+from .default import conceptkit
+from .edit import ContextEdit, single
+from .job import Job
+from .layers import cross_attention, weights
+from .presets import PRESETS, Preset
+from .report import Adversary, ConceptTrace, Report, WordShift, distortion, shift, trace
+from .solve import LowRank
+from .texts import Concept, check_concepts, common_words, fill, parse_concepts
+
+METHODS: Mapping[str, Preset] = {
+    "conceptkit": Preset(
+        "ConceptKit",
+        "what the closed forms do well, solved as one problem",
+        "the concept wherever a prompt says it, near words and captions kept, the empty prompt exact",
+        conceptkit,
+    ),
+    **PRESETS,
+}
+"""Every method by name, the default first."""
+
+REPORT_TEMPLATE = "a photo of a {}"
+MAX_LAYER_COLUMNS = 64
+"""Concepts' columns that are traced layer by layer; of further concepts only the sum over layers is."""
+NEIGHBOURS = 24
+"""Words near the concepts that are looked at for damage."""
+
+
+def solve_edit(
+    model: Model,
+    concepts: str | Sequence[Concept | str],
+    *,
+    keep: Sequence[str] = (),
+    method: str = "conceptkit",
+    strength: float = 1.0,
+    hard: bool = False,
+    captions: Sequence[str] | None = None,
+    cache: Path | None = None,
+    seed: int = 0,
+    on_step: OnStep = silent,
+) -> ContextEdit:
+    """The edit that erases ``concepts`` (or puts their replacements in their place), solved jointly, with its report.
+
+    concepts: one a line or an item, "circle" or "circle -> square". keep: words that must stay as they are. hard (conceptkit only): no
+    embedding at all may bring a concept back. captions: texts that must keep their meaning, the pack's own by default. cache: a folder for
+    what depends on the checkpoint alone. Strength 0 or no concepts give the identity. Nothing in the model is changed.
+
+    Raises ValueError for concepts that cannot be meant, an unknown method or a singular system, UnsupportedModel for a model whose weights
+    cannot be read, NonFinite when anything comes out as NaN or infinity, and whatever ``on_step`` raises.
+    """
+    listed = parse_concepts(concepts) if isinstance(concepts, str) else tuple(_concept(c) for c in concepts)
+    if method not in METHODS:
+        raise ValueError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
+    if hard and method != "conceptkit":
+        raise ValueError(f"hard erasing is part of the method 'conceptkit' and {method!r} has none: choose that method, or turn hard off")
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength is {strength}: give a number, 0 for no edit and 1 for the whole")
+    keep = tuple(keep)
+    check_concepts(model.text, listed, keep)
+    job = Job(model, listed, keep, captions, cache, seed, hard, on_step)
+    if not listed or strength == 0:
+        return ContextEdit.identity(model.family, job.width)
+    model.before_call()
+    if not torch.isfinite(job.texts.context(listed[0].text)).all():
+        raise NonFinite("the text encoder returns NaN or infinity: load it in fp32, and check any LoRA on it")
+    solution = METHODS[method].solve(job)
+    model.before_call()
+    edit = ContextEdit(
+        family=model.family,
+        context=single(solution.context),
+        pooled=None if solution.pooled is None else single(solution.pooled),
+        gains=solution.gains,
+        concepts=listed,
+        anchors=solution.anchors,
+        keep=keep,
+        method=method,
+        settings={**solution.settings, "seed": seed},
+        model=job.gram.key,
+    ).scale(strength)
+    return replace(edit, report=_measure(job, edit))
+
+
+def report_edit(model: Model, edit: ContextEdit, *, captions: Sequence[str] | None = None, cache: Path | None = None) -> Report:
+    """Figures of any edit on a model, without a picture. Raises ValueError for an edit of another width, and as ``solve_edit`` does."""
+    job = Job(model, edit.concepts, edit.keep, captions, cache)
+    if edit.width != job.width:
+        raise ValueError(f"the edit is for text {edit.width} wide and this model's is {job.width}: use the model family it was solved on")
+    return _measure(job, edit)
+
+
+def _concept(item: Concept | str) -> Concept:
+    if isinstance(item, Concept):
+        return item
+    found = parse_concepts([item])
+    return found[0]
+
+
+def _measure(job: Job, edit: ContextEdit) -> Report:
+    found = LowRank(edit.context.u.double().cpu(), edit.context.v.double().cpu())
+    gram, covariance = job.gram.matrix, job.corpus.covariance
+    near = _near(job)
+    job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near))
+    marks = [_marks(job, concept.text, anchor) for concept, anchor in zip(edit.concepts, edit.anchors, strict=True)]
+    adversary = Adversary(found, gram, covariance)
+    layers, highest = _by_layer(job, edit, marks)
+    concepts = tuple(
+        ConceptTrace(
+            concept.text,
+            trace(found, c, a, gram),
+            highest[i] if i < len(highest) else trace(found, c, a, gram),
+            max(adversary.plausible(x, y) for x, y in zip(c.T, a.T, strict=True)),
+            max(adversary.anything(x, y) for x, y in zip(c.T, a.T, strict=True)),
+        )
+        for i, (concept, (c, a)) in enumerate(zip(job.concepts, marks, strict=True))
+    )
+    shifts = {word: shift(found, *_marks(job, word, ""), gram) for word in (*job.keep, *near)}
+    neighbours = sorted((WordShift(word, shifts[word]) for word in near), key=lambda w: (-w.shift, w.word))
+    null = job.texts.context("").T
+    return Report(
+        concepts=concepts,
+        layers=layers,
+        kept=tuple(WordShift(word, shifts[word]) for word in job.keep),
+        neighbours=tuple(neighbours),
+        distortion=distortion(found, covariance, gram),
+        null_drift=max(shift(found, x[:, None], torch.zeros_like(x[:, None]), gram) for x in null.T),
+        pooled_leak=_pooled_leak(job, edit),
+    )
+
+
+def _marks(job: Job, word: str, instead: str) -> tuple[Tensor, Tensor]:
+    """A word's last sub-token and end token in a plain prompt, and those of what stands in its place: each (width, 2)."""
+    ours, theirs = job.texts.prompt(REPORT_TEMPLATE, word), job.texts.prompt(REPORT_TEMPLATE, instead)
+    return ours.context[[ours.last, ours.end]].T, theirs.context[[max(theirs.last, 0), theirs.end]].T
+
+
+def _near(job: Job) -> tuple[str, ...]:
+    """Words near the concepts that are neither concepts nor to be kept."""
+    each = max(4, NEIGHBOURS // max(1, len(job.concepts)))
+    said = {word for concept in job.concepts for word in concept.text.lower().split()} | {word.lower() for word in job.keep}
+    words: dict[str, None] = {}
+    for concept in job.concepts[:NEIGHBOURS]:
+        pool = candidates(job.model.text, concept.text, limit=each + len(said), words=common_words(job.model), keep_concept=True)
+        words |= dict.fromkeys([word for word in pool if word not in said][:each])
+    return tuple(words)
+
+
+def _by_layer(job: Job, edit: ContextEdit, marks: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], list[float]]:
+    """Path to trace over the concepts, and per concept its highest; one pass over the weights."""
+    shown = marks[: MAX_LAYER_COLUMNS // 2]
+    if not shown:
+        return {}, []
+    c, a = (torch.cat(part, 1).float() for part in zip(*shown, strict=True))
+    layers, highest = {}, [-math.inf] * len(shown)
+    u, v = edit.context.u.cpu(), edit.context.v.cpu()
+    coordinates = v.T @ c
+    for path, weight in weights(cross_attention(job.model), edit.width):
+        gains = edit.gains.get(path)
+        moved = c + (u if gains is None else u * torch.tensor(gains, dtype=u.dtype)) @ coordinates
+        after, away = (weight.float() @ torch.cat([moved - a, c - a], 1)).chunk(2, 1)
+        part, whole = (after * away).sum(0), away.square().sum(0)
+        layers[path] = float(part.sum() / whole.sum())
+        each = part.view(-1, 2).sum(1) / whole.view(-1, 2).sum(1)
+        highest = [max(h, float(e)) for h, e in zip(highest, each, strict=True)]
+    return layers, highest
+
+
+def _pooled_leak(job: Job, edit: ContextEdit) -> float | None:
+    gram = job.gram.pooled
+    if gram is None or not edit.concepts:
+        return None
+    pairs = []
+    for concept, anchor in zip(edit.concepts, edit.anchors, strict=True):
+        ours, theirs = (job.texts.prompt(REPORT_TEMPLATE, text).pooled for text in (concept.text, anchor))
+        if ours is not None and theirs is not None:
+            pairs.append((ours, theirs))
+    c, a = (torch.stack(part, 1) for part in zip(*pairs, strict=True))
+    part = LowRank.identity(len(gram)) if edit.pooled is None else LowRank(edit.pooled.u.double().cpu(), edit.pooled.v.double().cpu())
+    return trace(part, c, a, gram)

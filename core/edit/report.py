@@ -1,0 +1,225 @@
+"""What an edit does to a model's weights, measured without drawing a picture.
+
+Distances are those the model's cross-attention makes: ||x||_G = ||G^1/2 x|| with G = sum_l W_l^T W_l.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .solve import LowRank
+
+MAX_TRACE, MAX_SHIFT, MAX_NULL_DRIFT = 0.2, 0.3, 1e-3
+"""Figures above which a report warns: of a concept, of a word to keep, of the empty prompt."""
+
+LIMITS = (
+    "An edit of the text path closes the words, not the memory: pictures inverted with the empty prompt can still show the concept.",
+    "An embedding learned on the edited model, or one chosen freely, may still reach it as far as 'regenerable' says.",
+    "The text encoder itself is unchanged: other models that read its output know the concept as before.",
+)
+"""What no edit of this kind can reach."""
+
+
+@dataclass(frozen=True)
+class ConceptTrace:
+    """What is left of a concept. trace: 1 intact, 0 read as its anchor, below 0 pushed past it, over all layers; highest: in any one layer.
+
+    regenerable_plausible, regenerable_any: how much of the way from the anchor back to the concept some other embedding leads, at most:
+    among embeddings no less likely than the concept's own, and among all. 0 nothing, 1 everything.
+    """
+
+    text: str
+    trace: float
+    highest: float
+    regenerable_plausible: float
+    regenerable_any: float
+
+
+@dataclass(frozen=True)
+class WordShift:
+    """How far a word is moved, as a share of what it says: 0 untouched, 1 as far as the word is from the empty prompt."""
+
+    word: str
+    shift: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of an edit. layers: path to trace, over all concepts. distortion: E ||(T - I) c||_G^2 / E ||c||_G^2 over captions.
+
+    null_drift: the most any position of the empty prompt moves, relative. pooled_leak: the trace of the pooled text (1: not edited), None
+    for models that have none. neighbours: words the edit was not about, most moved first.
+    """
+
+    concepts: tuple[ConceptTrace, ...]
+    layers: Mapping[str, float]
+    kept: tuple[WordShift, ...]
+    neighbours: tuple[WordShift, ...]
+    distortion: float
+    null_drift: float
+    pooled_leak: float | None
+    limits: tuple[str, ...] = LIMITS
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know before relying on the edit, as sentences."""
+        found = [
+            f"{c.text!r} is still there ({c.trace:.0%}): raise the strength, or keep fewer words"
+            for c in self.concepts
+            if c.trace > MAX_TRACE
+        ]
+        found += [
+            f"{w.word!r} was to be kept and moves by {w.shift:.0%}: erase less beside it, or lower the strength"
+            for w in self.kept
+            if w.shift > MAX_SHIFT
+        ]
+        if self.null_drift > MAX_NULL_DRIFT:
+            found.append(f"the empty prompt moves by {self.null_drift:.1%}, so every picture changes a little: use the method conceptkit")
+        if self.pooled_leak is not None and self.pooled_leak > MAX_TRACE:
+            found.append(f"the pooled text still says the concept ({self.pooled_leak:.0%}): use the method conceptkit, which edits it too")
+        return tuple(found)
+
+    def summary(self) -> str:
+        """The figures in a few lines for people."""
+        lines = [
+            f"  {c.text}: {c.trace:.1%} left (at most {c.highest:.1%} in a layer); an embedding could bring back "
+            f"{c.regenerable_plausible:.0%} if it must be plausible, {c.regenerable_any:.0%} if not"
+            for c in self.concepts[:12]
+        ]
+        lines.append(f"  captions change by {self.distortion:.2%}, the empty prompt by {self.null_drift:.2%}")
+        for label, words in (("kept", self.kept), ("most moved", self.neighbours)):
+            if words:
+                lines.append(f"  {label}: " + ", ".join(f"{w.word} {w.shift:.0%}" for w in words[:8]))
+        return "\n".join([*lines, *(f"  Warning: {w}." for w in self.warnings), *(f"  {limit}" for limit in self.limits)])
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        plain: dict[str, Any] = asdict(self)
+        return {**plain, "layers": dict(self.layers)}
+
+    @staticmethod
+    def from_json(plain: Mapping[str, Any]) -> Report:
+        """A report from plain data. Raises KeyError, TypeError or ValueError for anything else."""
+        leak = plain["pooled_leak"]
+        return Report(
+            concepts=tuple(
+                ConceptTrace(
+                    _text(c["text"]), *(_number(c[key]) for key in ("trace", "highest", "regenerable_plausible", "regenerable_any"))
+                )
+                for c in plain["concepts"]
+            ),
+            layers={_text(path): _number(value) for path, value in plain["layers"].items()},
+            kept=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["kept"]),
+            neighbours=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["neighbours"]),
+            distortion=_number(plain["distortion"]),
+            null_drift=_number(plain["null_drift"]),
+            pooled_leak=None if leak is None else _number(leak),
+            limits=tuple(_text(limit) for limit in plain["limits"]),
+        )
+
+
+def trace(edit: LowRank, columns: Tensor, anchors: Tensor, gram: Tensor) -> float:
+    """tau = (T c - a)^T G (c - a) / (c - a)^T G (c - a), numerator and denominator summed over columns (d, N)."""
+    away = columns - anchors
+    weighted = gram @ away
+    return _ratio(float((_mapped(edit, columns) - anchors).mul(weighted).sum()), float(away.mul(weighted).sum()))
+
+
+def shift(edit: LowRank, columns: Tensor, origin: Tensor, gram: Tensor) -> float:
+    """||(T - I) c||_G / ||c - o||_G over columns (d, N) and what they would be without the word (d, N)."""
+    moved = _mapped(edit, columns) - columns
+    away = columns - origin
+    return math.sqrt(_ratio(float(moved.mul(gram @ moved).sum()), float(away.mul(gram @ away).sum())))
+
+
+def distortion(edit: LowRank, covariance: Tensor, gram: Tensor) -> float:
+    """tr(E Sigma E^T G) / tr(Sigma G) with E = T - I: the share of what captions say that is changed."""
+    if not edit.rank:
+        return 0.0
+    return float(((edit.v.T @ covariance @ edit.v) * (edit.u.T @ gram @ edit.u)).sum() / (covariance * gram).sum())
+
+
+class Adversary:
+    """The closed-form attacker: which embedding e does the edited model read most like a given one?
+
+    min_e ||T e - c||_G over e^T Sigma^-1 e <= radius^2 (secular equation in one multiplier) or over all e. One eigendecomposition an edit.
+    """
+
+    def __init__(self, edit: LowRank, gram: Tensor, covariance: Tensor) -> None:
+        self._edit, self._gram = edit, gram
+        width = len(gram)
+        eye = torch.eye(width, dtype=torch.float64)
+        # A little of everything: directions that no caption takes would be free to the attacker otherwise by rounding alone.
+        self._ball = torch.linalg.cholesky(covariance + 1e-9 * covariance.diagonal().mean() * eye)
+        moved = self._ball + edit.u @ (edit.v.T @ self._ball)
+        self._back = moved.T @ gram
+        self._sizes, self._axes = torch.linalg.eigh(self._back @ moved)
+
+    def derive(self, target: Tensor) -> Tensor:
+        """The embedding (d,) no less plausible than ``target`` (d,) that comes nearest to it after the edit."""
+        radius = torch.linalg.solve_triangular(self._ball, target[:, None], upper=False).norm()
+        b = self._axes.T @ (self._back @ target)
+        sizes = self._sizes.clamp_min(0)
+
+        def length(multiplier: float) -> float:
+            return float((b / (sizes + multiplier)).norm())
+
+        low, high = 1e-12 * float(sizes[-1]), float(sizes[-1])
+        while length(high) > radius and high < 1e12 * float(sizes[-1]):
+            high *= 10
+        if length(low) > radius:
+            for _ in range(80):
+                middle = math.sqrt(low * high)
+                low, high = (middle, high) if length(middle) > radius else (low, middle)
+        else:
+            high = low
+        return self._ball @ (self._axes @ (b / (sizes + high)))
+
+    def plausible(self, target: Tensor, anchor: Tensor) -> float:
+        """1 - ||T e* - c||_G / ||c - a||_G at the derived embedding, at least 0."""
+        found = self.derive(target)[:, None]
+        return self._recovered(_mapped(self._edit, found)[:, 0] - target, target - anchor)
+
+    def anything(self, target: Tensor, anchor: Tensor) -> float:
+        """The same over all embeddings: 1 unless T is singular, whose range is {x : Y^T x = 0} with Y = V null(I + U^T V)."""
+        edit = self._edit
+        if not edit.rank:
+            return 1.0
+        # The factors are float32 in the end, so a singular value is zero up to that.
+        left, sizes, _ = torch.linalg.svd(torch.eye(edit.rank, dtype=torch.float64) + edit.v.T @ edit.u)
+        null = edit.v @ left[:, sizes < 1e-5 * sizes[:1].clamp_min(1)]
+        if not null.shape[1]:
+            return 1.0
+        null, _ = torch.linalg.qr(null)
+        inside = torch.linalg.solve(null.T @ torch.linalg.solve(self._gram, null), null.T @ target)
+        missed = torch.linalg.solve(self._gram, null @ inside)
+        return self._recovered(missed, target - anchor)
+
+    def _recovered(self, missed: Tensor, away: Tensor) -> float:
+        return max(0.0, 1 - math.sqrt(_ratio(float(missed @ self._gram @ missed), float(away @ self._gram @ away))))
+
+
+def _mapped(edit: LowRank, columns: Tensor) -> Tensor:
+    return columns + edit.u @ (edit.v.T @ columns)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
