@@ -15,6 +15,7 @@ WORD_END = "</w>"
 """What CLIP's vocabulary appends to the last piece of a word."""
 
 _FUNCTION_WORDS = (
+    "a am an as at be by do go he if in is it me my no of on or so to up us we "
     "about above after again against all also although always among and another any anyone anything are around because been before "
     "being below between both but can cannot could did does doing done down during each either else ever every everyone everything few "
     "for from further get gets getting goes going gone got had has have having her here hers herself him himself his how however into "

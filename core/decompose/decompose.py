@@ -6,21 +6,26 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from .. import __version__
-from ..model import Model, Prompt, Slot
+from ..model import Family, Model, Prompt, Slot, UnsupportedModel
 from ..progress import OnStep, silent
 from ..vocabulary import candidates as choose_candidates
 from ..vocabulary import embeddings, is_known
 from .clusters import clusters
+from .conceptor import decompose_conceptor
 from .distilled import decompose_distilled
 from .result import Decomposition, fill, split_template
 from .task import Budget, Select, Task
+from .text import decompose_text
 
-METHODS: Mapping[str, Callable[[Task], Decomposition]] = MappingProxyType({"distilled": decompose_distilled})
+METHODS: Mapping[str, Callable[[Task], Decomposition]] = MappingProxyType(
+    {"distilled": decompose_distilled, "conceptor": decompose_conceptor, "text": decompose_text}
+)
 """The methods by name."""
 
 
@@ -56,8 +61,14 @@ def decompose_concept(
     Look at ``r2`` before believing the words: it is measured on pictures that the fit did not see.
 
     Raises ValueError for an unknown method, a concept that is empty or unknown to the tokenizer, a template without ``{}``, too many
-    tokens, or no candidates; whatever ``Model.denoise`` and ``on_step`` raise.
+    tokens, or no candidates; UnsupportedModel for another family or a part the method needs and the model lacks; ArtifactError for a
+    checkpoint that does not belong to this task; whatever ``Model.denoise`` and ``on_step`` raise.
     """
+    if model.family not in get_args(Family):
+        raise UnsupportedModel(
+            f"{model.name} is not supported yet, because a decomposition replaces one word's token in CLIP's vocabulary and {model.family} "
+            "models read their prompts otherwise: connect an SD 1.x, SD 2.x or SDXL model with its CLIP"
+        )
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     split_template(template)

@@ -1,12 +1,16 @@
-"""How much of what a concept changes a mixture of words changes alike, from distances at states."""
+"""How much of what a concept changes a mixture of words changes alike, measured at states of the concept's own sampling."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .result import LevelR2
-from .states import States
+from .mixture import Mixture
+from .result import Fidelity, LevelR2
+from .states import States, distances, harvest
+from .task import Task
 
 
 def explained(distance: Tensor, states: States) -> float:
@@ -23,3 +27,53 @@ def by_level(distance: Tensor, states: States) -> tuple[LevelR2, ...]:
         LevelR2(float(part.min()), float(part.max()), 1 - float(distance[row].sum() / states.gap[row].sum()))
         for part, row in zip(bins, rows, strict=True)
     )
+
+
+def picture_seeds(generator: torch.Generator, count: int) -> list[int]:
+    """Seeds of ``count`` pictures."""
+    return torch.randint(2**31, (count,), generator=generator).tolist()
+
+
+def sampled_states(task: Task, seeds: Sequence[int], steps: int, guidance: float, report: Callable[[], None]) -> States:
+    """The states of sampling the concept from ``seeds``: 2 evals each, len(seeds) * steps of them.
+
+    Raises ValueError when the model predicts the same with and without the concept.
+    """
+    states = harvest(
+        task.model,
+        task.teacher,
+        task.empty,
+        seeds,
+        height=task.height,
+        width=task.width,
+        steps=steps,
+        guidance=guidance,
+        on_step=lambda step, total, metrics: report(),
+    )
+    if not float(states.gap.sum()) > 0:
+        raise ValueError(
+            f"the model ignores {task.name!r}: its predictions equal those of the empty prompt, so there is nothing to explain"
+        )
+    return states
+
+
+def measure(mixture: Mixture, alpha: Tensor, states: States, report: Callable[[], None]) -> tuple[Fidelity, tuple[float, ...]]:
+    """The fidelity of ``alpha`` (words,) on held-out ``states``, and the R2 lost without each word, the rest renormalised.
+
+    1 + words evals a state. ``Fidelity.fitted`` and ``every_word`` are left to the caller.
+    """
+
+    def at(weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = distances(mixture.model, states, mixture.encode(weights[None]))
+        report()
+        return found
+
+    distance = at(alpha)
+    r2 = explained(distance, states)
+    importance = []
+    for index in range(len(alpha)):
+        without = alpha.clone()
+        without[index] = 0
+        importance.append(r2 - (explained(at(without), states) if len(alpha) > 1 else 0.0))
+    return Fidelity(r2, None, by_level(distance, states), None), tuple(importance)

@@ -62,13 +62,14 @@ class Fidelity:
 
     R2_cond = 1 - sum ||eps_w - eps_c||^2 / sum ||eps_empty - eps_c||^2: 1 is the concept itself, 0 no better than the empty prompt.
     ``heldout``: on pictures that the fit never saw; ``fitted``: on those it saw; ``levels``: held out, from the noisiest third of the
-    steps (layout) to the cleanest (detail); ``every_word``: held out, before all but the strongest words were dropped.
+    steps (layout) to the cleanest (detail); ``every_word``: held out, before all but the strongest words were dropped. None where a
+    method has no such number.
     """
 
     heldout: float
-    fitted: float
+    fitted: float | None
     levels: tuple[LevelR2, ...]
-    every_word: float
+    every_word: float | None
 
 
 @dataclass(frozen=True)
@@ -373,7 +374,8 @@ def _fidelity(value: Mapping[str, Any]) -> Fidelity:
     levels = tuple(
         LevelR2(_number(level["low"]), _number(level["high"]), _number(level["r2"])) for level in map(_mapping, _list(value["levels"]))
     )
-    return Fidelity(_number(value["heldout"]), _number(value["fitted"]), levels, _number(value["every_word"]))
+    fitted, every_word = (None if value[name] is None else _number(value[name]) for name in ("fitted", "every_word"))
+    return Fidelity(_number(value["heldout"]), fitted, levels, every_word)
 
 
 def _attempt(value: Mapping[str, Any]) -> Attempt:

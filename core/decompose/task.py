@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -60,3 +61,27 @@ class Task:
         if unknown:
             raise ValueError(f"this method has no setting {', '.join(unknown)}: choose from {', '.join(known)}")
         return replace(chosen, **self.settings)
+
+
+class Tally:
+    """What a method has spent on its task, reported as steps of ``planned`` evals; ``evals`` and ``calls`` were spent before."""
+
+    def __init__(self, task: Task, planned: int, evals: int = 0, calls: int = 0) -> None:
+        self._meter, self._on_step, self._planned = task.model.meter, task.on_step, planned
+        self._evals, self._calls = self._meter.evals - evals, self._meter.calls - calls
+
+    @property
+    def evals(self) -> int:
+        return self._meter.evals - self._evals
+
+    @property
+    def calls(self) -> int:
+        return self._meter.calls - self._calls
+
+    def report(self, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Say how far the method is; the last step is kept for ``finish``."""
+        self._on_step(min(self.evals, self._planned - 1), self._planned, metrics)
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Say that it is done."""
+        self._on_step(max(self.evals, 1), max(self.evals, 1), metrics)

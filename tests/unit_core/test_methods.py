@@ -1,0 +1,366 @@
+"""What every decomposition method keeps to, on a small world with a text encoder, a denoiser, an autoencoder and a scorer of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conceptkit.core.artifact import ArtifactError
+from conceptkit.core.decompose import METHODS, Decomposition, decompose_concept
+from conceptkit.core.decompose.conceptor import BUDGETS, Network, strongest
+from conceptkit.core.model import Conditioning, Model, NonFinite, OutOfMemory, Slot, UnsupportedModel
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
+
+NAMES = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(30)]
+WIDTHS = {"l": 16, "g": 20, "h": 18}
+SMALL: Mapping[str, Mapping[str, float]] = {
+    "distilled": dict(pictures=2, heldout=1, steps=4, judged=3, rows=16, pursuits=1, screened=6, probed=2, refined=2, descent=3, batch=4),
+    "conceptor": dict(
+        pictures=4, references=2, sampler_steps=3, steps=6, batch=2, kept=4, every=2, heldout=1, measured_steps=4, judged=4, hidden=8
+    ),
+    "text": dict(heldout=1, steps=4),
+}
+method = pytest.mark.parametrize("method", METHODS)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Text:
+    """Each encoder's context is a fixed non-linear function of its token embeddings and their places."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.vocabulary = {f"{word}</w>": index for index, word in enumerate(["a", "photo", "of", *NAMES])}
+        self.vocabulary |= dict.fromkeys("xyz?!", 0)
+        self.tables = {name: normalize(draw(len(name), len(NAMES) + 3, WIDTHS[name]), dim=1) for name in names}
+        self.layers = {name: draw(7, WIDTHS[name], 8) for name in names}
+
+    def tokenize(self, text: str) -> list[int]:
+        pieces = [[f"{word}</w>"] if f"{word}</w>" in self.vocabulary else list(word) for word in text.lower().split()]
+        return [self.vocabulary.get(piece, 0) for word in pieces for piece in word]
+
+    def encode(self, prompts: Sequence[str | Sequence[str | Slot]]) -> Conditioning:
+        rows = []
+        for prompt in prompts:
+            per_encoder = []
+            for name, table in self.tables.items():
+                parts = [
+                    table[self.tokenize(p)] if isinstance(p, str) else p[name] for p in ((prompt,) if isinstance(prompt, str) else prompt)
+                ]
+                parts = [part if part.ndim == 3 else part[None] for part in parts]
+                batch = max(len(part) for part in parts)
+                states = torch.tanh(2 * torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1) @ self.layers[name])
+                per_encoder.append(torch.cat([states, states.new_zeros(batch, 8 - states.shape[1], 8)], dim=1))
+            rows.append(torch.cat(per_encoder, dim=-1))
+        return Conditioning(torch.cat(rows))
+
+
+class Denoiser:
+    """The exact posterior mean of pictures N(m(context), 0.3^2 I)."""
+
+    latent_channels, downscale, device = 2, 8, torch.device("cpu")
+    training_sigmas = torch.linspace(0.03, 8.0, 50)
+
+    def __init__(self, width: int, fail: Exception | float | None = None) -> None:
+        self.weight, self.fail = draw(3, width, 32), fail
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        if isinstance(self.fail, Exception):
+            raise self.fail
+        mean = torch.tanh(conditioning.context[:, :6].mean(1) @ self.weight).view_as(x)
+        noise = sigma.view(-1, 1, 1, 1).square()
+        return (0.09 * x + noise * mean) / (0.09 + noise) * (1.0 if self.fail is None else self.fail)
+
+
+class Autoencoder:
+    def encode(self, pictures: Tensor) -> Tensor:
+        return torch.logit(adaptive_avg_pool2d(pictures[:, :2], (pictures.shape[2] // 8, pictures.shape[3] // 8)), eps=1e-4)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return interpolate(torch.cat([latents, latents[:, :1]], dim=1).sigmoid(), scale_factor=8.0)
+
+
+class Scorer:
+    logit_scale = 10.0
+
+    def embed_pictures(self, pictures: Tensor) -> Tensor:
+        return normalize(adaptive_avg_pool2d(pictures - 0.5, 4).flatten(1) @ draw(5, 48, 12), dim=1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        return torch.cat([normalize(draw(sum(map(ord, text)), 1, 12), dim=1) for text in texts])
+
+
+def world(
+    *encoders: str, before_call: Callable[[], None] = lambda: None, fail: Exception | float | None = None, parts: bool = True
+) -> Model:
+    names = encoders or ("l",)
+    return Model(
+        "sdxl" if len(names) > 1 else "sd1",
+        "small",
+        Text(names),  # type: ignore[arg-type]
+        Denoiser(8 * len(names), fail),
+        Autoencoder() if parts else None,
+        Scorer() if parts else None,
+        before_call,
+    )
+
+
+def take_apart(model: Model, method: str, concept: str | Slot = "waa", **options: object) -> Decomposition:
+    options = {"candidates": NAMES, "height": 32, "width": 32, "words": 4, "settings": SMALL[method], **options}
+    return decompose_concept(model, concept, method=method, **options)  # type: ignore[arg-type]
+
+
+def weights(model: Model) -> list[Tensor]:
+    assert isinstance(model.text, Text) and isinstance(model.denoiser, Denoiser)
+    return [*model.text.tables.values(), *model.text.layers.values(), model.denoiser.weight]
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupter(at: int) -> Callable[[], None]:
+    calls = iter(range(1, 10**9))
+
+    def stop() -> None:
+        if next(calls) == at:
+            raise Stop
+
+    return stop
+
+
+@method
+def test_the_result_says_what_it_is(method: str) -> None:
+    model = world()
+    steps: list[tuple[int, int]] = []
+    found = take_apart(model, method, on_step=lambda step, total, metrics: steps.append((step, total)))
+    assert found.method == method and found.concept == "waa" and found.size == (32, 32) and found.budget == "default"
+    assert "waa" not in found.words and 1 <= len(found.words) <= 4 and list(found.shares) == sorted(found.shares, reverse=True)
+    assert (found.alpha >= 0).all() and float(found.alpha.sum()) == pytest.approx(1, abs=1e-6)
+    assert found.fidelity is not None and math.isfinite(found.r2) and found.importance is not None and len(found.fidelity.levels) == 3
+    assert (found.evals, found.calls) == (model.meter.evals, model.meter.calls)
+    assert all(0 <= step <= total for step, total in steps) and steps[-1] == (found.evals, found.evals)
+    assert set(found.seeds).isdisjoint(found.heldout_seeds) and found.versions["torch"] == torch.__version__
+
+
+@method
+def test_same_inputs_same_hash_whatever_the_global_state(method: str) -> None:
+    hashes = set()
+    for state in (0, 1):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        hashes.add(take_apart(world(), method, seed=3).content_hash())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(hashes) == 1 and take_apart(world(), method, seed=4).content_hash() not in hashes
+
+
+@method
+def test_saved_loaded_and_applied_it_is_the_same(method: str, tmp_path: Path) -> None:
+    model = world("l", "g")
+    found = take_apart(model, method)
+    found.save(tmp_path / "found")
+    loaded = Decomposition.load(tmp_path / "found")
+    assert torch.equal(loaded.apply(model.text).context, found.apply(model.text).context)
+    assert loaded.content_hash() == found.content_hash()
+
+
+@method
+@pytest.mark.parametrize("way", ["run", "fail", "interrupt"])
+def test_the_model_is_only_read(method: str, way: str) -> None:
+    model = world(before_call=interrupter(3) if way == "interrupt" else lambda: None, fail=math.nan if way == "fail" else None)
+    before = [weight.clone() for weight in weights(model)]
+    if way == "run":
+        take_apart(model, method)
+    else:
+        with pytest.raises((Stop, NonFinite)):
+            take_apart(model, method)
+    assert all(torch.equal(now, then) and not now.requires_grad for now, then in zip(weights(model), before, strict=True))
+
+
+@method
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
+def test_cancelling_stops_within_one_call_and_resuming_ends_alike(method: str, share: float, tmp_path: Path) -> None:
+    whole = take_apart(world(), method)
+    at = 1 + int(share * (whole.calls - 1))
+    stopped = world(before_call=interrupter(at))
+    with pytest.raises(Stop):
+        take_apart(stopped, method, checkpoint=tmp_path / "run")
+    assert stopped.meter.calls == at - 1
+    model = world()
+    resumed = take_apart(model, method, checkpoint=tmp_path / "run")
+    assert resumed.content_hash() == whole.content_hash() and model.meter.calls <= whole.calls
+
+
+@method
+def test_a_callback_that_raises_cancels(method: str) -> None:
+    def refuse(step: int, total: int, metrics: object) -> None:
+        raise Stop
+
+    model = world()
+    with pytest.raises(Stop):
+        take_apart(model, method, on_step=refuse)
+    assert model.meter.calls <= 1
+
+
+@method
+def test_bad_input_is_named_before_anything_is_spent(method: str) -> None:
+    model = world()
+    for concept, options, message in (
+        ("  ", {}, "empty"),
+        ("?!", {}, "known"),
+        ("waa", {"template": "a photo"}, "must contain"),
+        ("waa", {"template": "{} of {}"}, "must contain"),
+        ("waa", {"candidates": ["waa"]}, "no candidate words are left"),
+        ("waa", {"candidates": ["wab"], "exclude": ["wab"]}, "no candidate words are left"),
+        ("waa", {"words": 0}, "at least 1 word"),
+        ("waa", {"height": 4}, "too small"),
+        ("waa", {"budget": "huge"}, "unknown budget 'huge'"),
+        ("waa", {"settings": {"magic": 1}}, "no setting magic"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            take_apart(model, method, concept, **options)
+    with pytest.raises(ValueError, match="unknown method 'magic'"):
+        decompose_concept(model, "waa", method="magic")
+    with pytest.raises(UnsupportedModel, match="not supported yet, because"):
+        take_apart(replace(model, family="flux"), method)  # type: ignore[arg-type]
+    assert model.meter.calls == 0
+
+
+@method
+def test_what_the_model_does_wrong_is_named(method: str) -> None:
+    with pytest.raises(NonFinite, match="NaN"):
+        take_apart(world(fail=math.nan), method)
+    with pytest.raises(OutOfMemory, match="does not fit in memory"):
+        take_apart(world(fail=torch.OutOfMemoryError()), method)
+    with pytest.raises(ValueError, match="the model ignores 'waa'"):
+        take_apart(world(fail=0.0), method)
+
+
+@method
+def test_one_alpha_stands_for_both_vocabularies(method: str) -> None:
+    model = world("l", "g")
+    found = take_apart(model, method)
+    assert set(found.embeddings) == set(found.norms) == {"l", "g"} and found.alpha.shape == (len(found.words),)
+    assert found.ids == tuple(model.text.vocabulary[f"{word}</w>"] for word in found.words)
+    for name, rows in found.embeddings.items():
+        assert torch.equal(rows, model.text.tables[name][list(found.ids)])
+        assert torch.allclose(found.token[name][0], found.norms[name] * normalize(found.alpha @ rows, dim=0), atol=1e-6)
+
+
+@method
+def test_phrases_and_learnt_tokens_are_taken_apart_too(method: str) -> None:
+    model = world()
+    phrase = take_apart(model, method, "waa wab")
+    assert not {"waa", "wab"} & set(phrase.words) and math.isfinite(phrase.r2)
+    token = {"l": draw(11, 2, WIDTHS["l"])}
+    assert take_apart(model, method, token).concept == "<pseudo-token>"
+
+
+def planted(model: Model, words: Sequence[str], shares: Sequence[float]) -> Slot:
+    rows = {name: table[[model.text.vocabulary[f"{word}</w>"] for word in words]] for name, table in model.text.tables.items()}
+    return {name: normalize(torch.tensor(shares) @ r, dim=0)[None] for name, r in rows.items()}
+
+
+def test_text_finds_an_exact_mixture_without_sampling() -> None:
+    for encoders in (("l",), ("l", "g")):
+        model = world(*encoders)
+        found = take_apart(model, "text", planted(model, ["wab", "waf", "wak"], [0.5, 0.3, 0.2]), budget="fast", settings={})
+        assert found.words[:3] == ("wab", "waf", "wak") and found.shares[:3] == pytest.approx((0.5, 0.3, 0.2), abs=0.01)
+        assert found.evals == 0 and found.fidelity is None and math.isnan(found.r2) and "was not measured" in found.summary()
+    measured = take_apart(model, "text", planted(model, ["wab", "waf", "wak"], [0.5, 0.3, 0.2]))
+    assert measured.r2 > 0.99 and measured.evals == 4 * (3 + len(measured.words))
+
+
+def test_text_reads_every_word_of_a_phrase_but_the_small_ones() -> None:
+    model = world()
+    assert isinstance(model.text, Text)
+    model.text.tables["l"][model.text.vocabulary["wab</w>"]] = model.text.tables["l"][model.text.vocabulary["waa</w>"]] + 0.01
+    model.text.tables["l"][model.text.vocabulary["wad</w>"]] = model.text.tables["l"][model.text.vocabulary["wac</w>"]] + 0.01
+    alone = take_apart(model, "text", "waa of wac", words=2, budget="fast", settings={})
+    assert set(alone.words) == {"wab", "wad"} and alone.shares == pytest.approx((0.5, 0.5), abs=0.1)
+
+
+def test_conceptor_spends_the_published_budget() -> None:
+    """Section 1.9 of the method's cost: 10,000 + 2,000 + 9,000 + 20,000 evals at guidance, whatever the pictures' size."""
+    options = BUDGETS["default"]
+    guided = 2 * options.sampler_steps
+    training = 3 * options.steps * options.batch
+    validation = options.steps // options.every * options.references * guided
+    assert (options.pictures * guided, options.references * guided, training, validation) == (10_000, 2_000, 9_000, 20_000)
+    assert (options.rate, options.sparsity, options.hidden, options.kept, options.guidance) == (1e-3, 1e-3, 100, 50, 7.5)
+
+
+def test_conceptor_counts_pictures_training_and_validations() -> None:
+    found = take_apart(world(), "conceptor")
+    assert found.evals == 4 * 3 * 2 + 2 * 3 * 2 + 6 * 2 * 3 + 3 * (2 * 3 * 2) + 4 * (2 + 1 + 1 + len(found.words))
+    assert "picture similarity by the image scorer" in found.selected and "the best of 3 validations" in found.selected
+    assert found.fidelity is not None and found.fidelity.every_word is not None and found.fidelity.fitted is None
+
+
+def test_conceptor_without_a_scorer_offers_r2_and_says_so() -> None:
+    with pytest.raises(UnsupportedModel, match=r"no scorer and no autoencoder.*select by \"r2\""):
+        take_apart(world(parts=False), "conceptor")
+    with pytest.raises(UnsupportedModel, match=r"no scorer: connect"):
+        take_apart(replace(world(), scorer=None), "conceptor")
+    found = take_apart(world(parts=False), "conceptor", select="r2")
+    assert found.selected.startswith("R2, not by the published picture similarity") and "selected by R2" in found.summary()
+    with pytest.raises(ValueError, match="unknown selection"):
+        take_apart(world(), "conceptor", select="luck")
+
+
+def test_conceptor_resumes_with_either_selection_and_refuses_another_run_s_checkpoint(tmp_path: Path) -> None:
+    whole = take_apart(world(), "conceptor", select="r2")
+    path = tmp_path / "run"
+    stopped = world(before_call=interrupter(whole.calls - 3))
+    with pytest.raises(Stop):
+        take_apart(stopped, "conceptor", select="r2", checkpoint=path)
+    for options in ({"seed": 1}, {"template": "of {}"}, {"exclude": ["wac"]}):
+        with pytest.raises(ArtifactError, match="other inputs"):
+            take_apart(world(), "conceptor", select="r2", checkpoint=path, **options)
+    with pytest.raises(ArtifactError):
+        take_apart(world(), "conceptor", checkpoint=path)
+    again = world()
+    assert take_apart(again, "conceptor", select="r2", checkpoint=path).content_hash() == whole.content_hash()
+    assert again.meter.calls < whole.calls - 9 and not path.exists()
+    path.write_bytes(b"nothing of the sort")
+    with pytest.raises(ArtifactError, match="damaged"):
+        take_apart(world(), "conceptor", checkpoint=path)
+
+
+def test_conceptor_learns_what_the_pictures_show() -> None:
+    """Trained for long on an easy mixture, it explains much more than it did at the start."""
+    model = world()
+    concept = planted(model, ["wab", "waf"], [0.6, 0.4])
+    options = {**SMALL["conceptor"], "pictures": 12, "sampler_steps": 6, "batch": 6, "hidden": 32, "rate": 1e-2, "every": 150, "judged": 12}
+    short, long = (take_apart(model, "conceptor", concept, select="r2", settings={**options, "steps": steps}) for steps in (1, 300))
+    assert long.r2 > short.r2 + 0.1
+
+
+def test_the_network_is_the_published_one() -> None:
+    network = Network(16, 100, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert [tuple(p.shape) for p in network.parameters] == [(100, 16), (100,), (1, 100), (1,)]
+    reference = torch.nn.Sequential(torch.nn.Linear(16, 100), torch.nn.ReLU(), torch.nn.Linear(100, 1))
+    for parameter, value, fan_in in zip(reference.parameters(), [p.detach() for p in network.parameters], (16, 16, 100, 100), strict=True):
+        assert 0.5 / fan_in**0.5 < float(value.abs().max()) <= 1 / fan_in**0.5 or value.numel() == 1  # PyTorch's range for a fresh layer
+        parameter.data.copy_(value)
+    words = draw(1, 9, 16)
+    assert torch.allclose(network(words), reference(words)[:, 0].abs())
+
+
+def test_the_strongest_words_keep_their_gradients() -> None:
+    alpha = torch.tensor([0.1, 0.5, 0.0, 0.4], requires_grad=True)
+    kept = strongest(alpha, 2)
+    assert kept.tolist() == pytest.approx([0, 5 / 9, 0, 4 / 9])
+    (gradient,) = torch.autograd.grad(kept[1], alpha)
+    assert gradient.tolist() == pytest.approx([0, 0.4 / 0.81, 0, -0.5 / 0.81])
+
+
+def test_the_picture_filter_keeps_the_nearest_texts_where_there_are_too_many_words() -> None:
+    found = take_apart(world(), "conceptor", settings={**SMALL["conceptor"], "dictionary": 5})
+    assert found.candidates == 5
