@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .bench.frame import Suite
     from .decompose import Decomposition
     from .demo.world import Word, World
+    from .edit import ContextEdit
     from .model import Conditioning, Model
 
 app = typer.Typer(
@@ -61,6 +62,12 @@ ProcessesOption = Annotated[
 ]
 PartsOption = Annotated[
     Path | None, typer.Option(help="The folder of single measurements, which a stopped run goes on from; by default beside the JSON.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="A folder for what depends on the checkpoint alone, which later edits of it are solved faster with.")
+]
+ShardOption = Annotated[
+    str, typer.Option(metavar="I/N", help="Measure one of N parts of everything, as on N machines whose --parts are put together later.")
 ]
 ShipOption = Annotated[bool, typer.Option("--ship", help="Store the baselines that were measured with the package.")]
 
@@ -219,6 +226,108 @@ def verify(
     typer.echo(f"The page and its pictures are in {out}.")
 
 
+@app.command()
+def erase(
+    concepts: Annotated[list[str], typer.Argument(help='What to erase: "circle", or "circle -> square" to draw another in its place.')],
+    out: Annotated[Path, typer.Option("--out", help="The LoRA file to write (.safetensors), for any tool that loads LoRAs.")],
+    model: ModelOption = "demo",
+    keep: Annotated[str, typer.Option(help="Words that must stay as they are, separated by commas.")] = "",
+    method: Annotated[str, typer.Option(help="conceptkit, or a published method to compare with.")] = "conceptkit",
+    strength: Annotated[float, typer.Option(help="1 erases, 0 changes nothing.")] = 1.0,
+    hard: Annotated[bool, typer.Option("--hard", help="No embedding at all can say the concept afterwards.")] = False,
+    precision: Annotated[Literal["fp16", "fp32"], typer.Option(help="Of the LoRA's numbers.")] = "fp16",
+    edit_file: Annotated[Path | None, typer.Option("--edit", help="A file to keep the edit itself in, for `conceptkit report`.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="A folder for pictures of each concept, before and after.")] = None,
+    cache: CacheOption = None,
+    seeds: PicturesOption = 6,
+    seed: SeedOption = 0,
+    steps: StepsOption = 20,
+    guidance: GuidanceOption = 4.0,
+    size: SideOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Erase concepts from a model, or replace them: a LoRA file, and a report on what it reaches and costs."""
+    import torch
+
+    from .edit import parse_concepts, save_lora, solve_edit
+    from .edit.layers import cross_attention
+
+    kept = tuple(word.strip() for word in keep.split(",") if word.strip())
+    loaded = _load(model, device)
+    with _Bar("solving") as bar:
+        edit = solve_edit(
+            loaded, parse_concepts(concepts), keep=kept, method=method, strength=strength, hard=hard, cache=cache, seed=seed, on_step=bar
+        )
+    if edit_file is not None:
+        edit.save(edit_file, overwrite=True)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    save_lora(edit, cross_attention(loaded), out, dtype=dtype, overwrite=True)
+    typer.echo(edit.summary())
+    if pictures is not None:
+        sheets = _before_and_after(loaded, edit, pictures, _Drawing(range(seed, seed + seeds), steps, guidance, size))
+        typer.echo(f"before and after in {', '.join(map(str, sheets))}")
+    typer.echo(f"LoRA in {out}")
+
+
+@app.command()
+def report(
+    edit_file: Annotated[Path, typer.Argument(metavar="EDIT", help="A file that `conceptkit erase --edit` or the node Save Edit wrote.")],
+    out: OutOption,
+    model: ModelOption = "demo",
+    cache: CacheOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """What an edit does to a model, without drawing a picture: a chart, and the figures as JSON."""
+    from . import chart
+    from .edit import ContextEdit, report_edit
+    from .edit.picture import report_picture
+
+    edit = ContextEdit.load(edit_file)
+    figures = report_edit(_load(model, device), edit, cache=cache)
+    chart.save(out / "report.png", report_picture(edit, figures))
+    (out / "report.json").write_text(json.dumps(figures.to_json(), indent=1) + "\n", "utf-8")
+    typer.echo(figures.summary())
+    typer.echo(f"chart and figures in {out}")
+
+
+@bench.command("edit")
+def bench_edit(
+    json_: JsonOption,
+    profile: ProfileOption = "quick",
+    model: Annotated[str, typer.Option(help='"demo", or a checkpoint in its layout.')] = "demo",
+    methods: Annotated[str, typer.Option(help="Which methods, separated by commas; by default those of the profile.")] = "",
+    processes: ProcessesOption = None,
+    parts: PartsOption = None,
+    ship: ShipOption = False,
+) -> None:
+    """Measure edits where the answer is known: concepts of the demo model before and after, attacks on them, and speed at real sizes."""
+    from .bench.edit import EditSuite
+    from .edit import METHODS
+
+    chosen = tuple(name.strip() for name in methods.split(",") if name.strip())
+    if not set(chosen) <= set(METHODS):
+        raise ValueError(f"there is no method {', '.join(sorted(set(chosen) - set(METHODS)))}: choose from {', '.join(METHODS)}")
+    _bench(EditSuite(profile, model, chosen), json_, parts, processes, ship)
+
+
+def _before_and_after(model: Model, edit: ContextEdit, out: Path, drawing: _Drawing) -> list[Path]:
+    """A sheet a concept: its pictures, and those of the edited model from the same seeds."""
+    from . import chart
+
+    written = []
+    for concept in edit.concepts:
+        prompt = f"a photo of a {concept.text}"
+        conditioning = model.text.encode([prompt])
+        rows = [
+            _draw(model, conditioning, drawing.seeds, drawing.steps, drawing.guidance, drawing.size, f"drawing {concept.text}", applied)
+            for applied in (None, edit)
+        ]
+        labels = [f"seed {n}" for n in drawing.seeds]
+        written.append(out / f"{'-'.join(concept.text.split())}.png")
+        chart.save(written[-1], chart.picture_grid(rows, ["before", "after"], labels, title=prompt, subtitle=str(concept)))
+    return written
+
+
 @bench.command("decompose")
 def bench_decompose(
     json_: JsonOption,
@@ -227,6 +336,7 @@ def bench_decompose(
     methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = "distilled,text,conceptor",
     processes: ProcessesOption = None,
     parts: PartsOption = None,
+    shard: ShardOption = "1/1",
     ship: ShipOption = False,
 ) -> None:
     """Measure decompositions where the answer is known: planted mixtures, and the composite words of the demo's worlds."""
@@ -237,16 +347,19 @@ def bench_decompose(
     if not set(chosen) <= set(METHODS):
         raise ValueError(f"there is no method {', '.join(sorted(set(chosen) - set(METHODS)))}: choose from {', '.join(METHODS)}")
     second = "demo-second" if (DEMO / DEMOS["demo-second"]).is_file() else None
-    _bench(DecomposeSuite(profile, model, second, chosen), json_, parts, processes, ship)
+    _bench(DecomposeSuite(profile, model, second, chosen), json_, parts, processes, ship, shard)
 
 
-def _bench(suite: Suite, path: Path, parts: Path | None, processes: int | None, ship: bool) -> None:
+def _bench(suite: Suite, path: Path, parts: Path | None, processes: int | None, ship: bool, shard: str = "1/1") -> None:
     """Run a suite, write its JSON, and say which bars are met."""
     from .bench import frame
 
     parts = parts or path.with_suffix(".parts")
     count = min(os.cpu_count() or 1, 4) if processes is None else processes
-    report = frame.run(suite, parts, processes=count, say=typer.echo)
+    asked = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
+    if asked is None or int(asked[1]) > int(asked[2]):
+        raise ValueError(f"{shard!r} is no part of a whole: write 2/4 for the second of four")
+    report = frame.run(suite, parts, processes=count, say=typer.echo, shard=(int(asked[1]) - 1, int(asked[2])))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", "utf-8")
     typer.echo(frame.summary(report))
@@ -388,9 +501,16 @@ def _side(model: Model, size: int | None) -> int:
 
 
 def _draw(
-    model: Model, conditioning: Conditioning, seeds: Sequence[int], steps: int, guidance: float, size: int | None, label: str
+    model: Model,
+    conditioning: Conditioning,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    size: int | None,
+    label: str,
+    edit: ContextEdit | None = None,
 ) -> list[NDArray[np.uint8]]:
-    """One picture a seed, (height, width, 3)."""
+    """One picture a seed, (height, width, 3), of the model or of the edited model."""
     import torch
 
     from .model import UnsupportedModel
@@ -403,6 +523,9 @@ def _draw(
     cells = side // model.denoiser.downscale
     batch = max(1, _PIXELS // side**2)
     negative = model.text.encode([""]) if guidance != 1 else None
+    if edit is not None:
+        conditioning = edit.apply_to_conditioning(conditioning)
+        negative = None if negative is None else edit.apply_to_conditioning(negative)
     pictures: list[NDArray[np.uint8]] = []
     with torch.no_grad():
         for first in range(0, len(seeds), batch):

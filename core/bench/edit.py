@@ -1,0 +1,353 @@
+"""``conceptkit bench edit``: is a concept gone, is everything else still there, can it be brought back, and how long does it take?
+
+Sets: ``erase``, concepts of the demo model by every method; ``speed``, random weights of real sizes against the published loops;
+``ablation``, the default method without each of its ingredients; ``certificate``, whether the figure that needs no picture ranks edits as
+the pictures do.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..demo.world import shapes_world
+from .decompose import _digest, weights_digest
+from .edit_speed import COLUMNS, measure_official, measure_speed
+from .erasure import ABLATIONS, Case, Counts, cases, measure_ablation, measure_before, measure_edit, planned
+from .frame import Bar, Job, Profile, Result
+
+if TYPE_CHECKING:
+    from ..edit import Concept
+
+DEFAULT = "conceptkit"
+QUICK_METHODS = (DEFAULT, "uce-2025", "rece", "trce")
+CONCEPTS = ("circle -> square", "red -> green", "robin", "gothic")
+MORE_CONCEPTS = ("star", "blue -> yellow", "apple -> car", "castle", "bird -> flower", "fruit", "joy", "festive", "striped -> plain")
+SETS = ("concept", "synonym", "pair", "neighbour", "unrelated", "derived", "learned")
+BEFORE = (*SETS[:5], "chance", "replacement", "learned")
+STRENGTHS = (0.25, 0.5, 0.75)
+"""Of the default method, further edits for the certificate."""
+THREADS = 2
+"""Of the speed measurements, ours and the published loops' alike."""
+PROTOCOL = 1
+"""Raised whenever what a job measures changes, so that older results are not taken for it."""
+_CODE = ("default.py", "edit.py", "erase.py", "job.py", "layers.py", "presets.py", "report.py", "solve.py", "texts.py")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a profile measures. counts: pictures; ablation: those of the ablation; official_layers: layers of each height that the
+    published loops are timed on."""
+
+    concepts: tuple[str, ...]
+    counts: Counts
+    ablation: Counts
+    official_layers: int
+    limit: int | None
+
+
+SIZES: Mapping[Profile, Size] = {
+    "quick": Size(CONCEPTS, Counts(64, 32, 8, 40), Counts(32, 16, 4, 0), 2, 150_000),
+    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 64, 16, 200), Counts(64, 32, 8, 0), 1000, None),
+}
+
+
+@dataclass(frozen=True)
+class EditSuite:
+    """The suite for a model of the first world; ``methods``: which to measure, those of the profile unless given."""
+
+    profile: Profile = "quick"
+    model: str = "demo"
+    methods: tuple[str, ...] = ()
+
+    name = "edit"
+
+    @property
+    def size(self) -> Size:
+        return SIZES[self.profile]
+
+    @property
+    def limit(self) -> int | None:
+        return self.size.limit
+
+    @cached_property
+    def measured(self) -> tuple[str, ...]:
+        """The methods that erase, the default first."""
+        from ..edit import METHODS
+
+        every = tuple(name for name, preset in METHODS.items() if not preset.balances)
+        return self.methods or (QUICK_METHODS if self.profile == "quick" else every)
+
+    @cached_property
+    def _jobs(self) -> tuple[Job, ...]:
+        jobs = [self._speed(size) for size in ("sd15", "sdxl")] + [self._official(size) for size in ("sd15", "sdxl")]
+        jobs += [self._erase(DEFAULT, concept) for concept in self.size.concepts if DEFAULT in self.measured]
+        jobs += [self._before(concept) for concept in self.size.concepts]
+        jobs += [self._ablation(name, concept) for name in self._ablations for concept in self.size.concepts]
+        jobs += [self._erase(method, concept) for method in self.measured if method != DEFAULT for concept in self.size.concepts]
+        if self.profile == "full":
+            jobs += [self._erase(DEFAULT, concept, strength) for strength in STRENGTHS for concept in self.size.concepts]
+            jobs += [self._erase(DEFAULT, concept, hard=True) for concept in self.size.concepts]
+        return tuple(jobs)
+
+    @property
+    def _ablations(self) -> tuple[str, ...]:
+        return tuple(ABLATIONS) if DEFAULT in self.measured else ()
+
+    def jobs(self) -> Sequence[Job]:
+        """Everything the profile measures, in order of importance."""
+        return self._jobs
+
+    def _erase(self, method: str, concept: str, strength: float = 1.0, *, hard: bool = False) -> Job:
+        asked = {"method": method, "concept": concept, "strength": strength, "hard": hard}
+        return self._edited(f"erase, {method}", measure_edit, asked, self.size.counts, SETS, baseline=method != DEFAULT)
+
+    def _ablation(self, name: str, concept: str) -> Job:
+        return self._edited("ablation", measure_ablation, {"without": name, "concept": concept}, self.size.ablation, SETS[:-1])
+
+    def _edited(
+        self,
+        part: str,
+        measure: Callable[..., Result],
+        asked: dict[str, Any],
+        counts: Counts,
+        sets: Sequence[str],
+        *,
+        baseline: bool = False,
+    ) -> Job:
+        evals = planned(shapes_world(), _concept(asked["concept"]), counts, sets)
+        code = tuple(_digest(Path(__file__).parents[1] / "edit" / name) for name in _CODE)
+        asked |= {"counts": asdict(counts), "sets": list(sets)}
+        return Job(part, measure, self._on_demo(asked), evals, (str(PROTOCOL), weights_digest(self.model), *code), baseline=baseline)
+
+    def _before(self, concept: str) -> Job:
+        evals = planned(shapes_world(), _concept(concept), self.size.counts, BEFORE)
+        asked = self._on_demo({"concept": concept, "counts": asdict(self.size.counts)})
+        return Job("before the edit", measure_before, asked, evals, (str(PROTOCOL), weights_digest(self.model)), baseline=True)
+
+    def _speed(self, size: str) -> Job:
+        return Job("speed", measure_speed, {"size": size, "threads": THREADS}, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
+
+    def _official(self, size: str) -> Job:
+        asked = {"size": size, "threads": THREADS, "layers": self.size.official_layers}
+        return Job("speed, the published loops", measure_official, asked, 0, (str(PROTOCOL),), exclusive=True)
+
+    def _on_demo(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model": self.model, "world": "shapes", **arguments}
+
+    def rows(self, done: Mapping[str, Result], cached: frozenset[str]) -> list[dict[str, Any]]:
+        """A row a method (``erase``), a size (``speed``) and an ingredient (``ablation``), and one for the certificate."""
+        before = {job.arguments["concept"]: _seen(job, done) for job in self._jobs if job.measure is measure_before and job.key in done}
+        edits = [job for job in self._jobs if job.measure is measure_edit and job.key in done]
+        rows = []
+        for method in self.measured:
+            mine = [job for job in edits if _is(job, method)]
+            if mine:
+                rows.append(_erase_row("erase", method, mine, done, before, cached))
+        for name in self._ablations:
+            mine = [job for job in self._jobs if job.measure is measure_ablation and job.arguments["without"] == name and job.key in done]
+            if mine:
+                rows.append(_erase_row("ablation", f"without {name}", mine, done, before, cached))
+        for size in ("sd15", "sdxl"):
+            rows += self._speed_row(size, done)
+        return [*rows, *_certificate_row([done[job.key] for job in edits])]
+
+    def _speed_row(self, size: str, done: Mapping[str, Result]) -> list[dict[str, Any]]:
+        found = {job.measure: done[job.key] for job in self._jobs if job.arguments.get("size") == size and job.key in done}
+        if measure_speed not in found or measure_official not in found:
+            return []
+        ours, theirs = found[measure_speed], found[measure_official]
+        return [
+            {
+                "set": "speed",
+                "size": size,
+                "columns": COLUMNS,
+                **{key: value for key, value in ours.items() if key != "evals"},
+                "official_seconds": theirs["official_seconds"],
+                "vectorised_seconds": theirs["vectorised_seconds"],
+                "ratio": theirs["official_seconds"] / ours["seconds"],
+                "vectorised_ratio": theirs["vectorised_seconds"] / ours["seconds"],
+                "official_layers": theirs["layers"],
+            }
+        ]
+
+    def bars(self, rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
+        """What the default method must reach, on what was measured."""
+        erased = next((row for row in rows if (row["set"], row.get("method")) == ("erase", DEFAULT)), None)
+        speeds = {row["size"]: row for row in rows if row["set"] == "speed"}
+        bars = [] if erased is None else list(_erase_bars(erased))
+        bars += [bar for size, row in speeds.items() for bar in _speed_bars(size, row)]
+        certificate = next((row for row in rows if row["set"] == "certificate"), None)
+        if certificate is not None:
+            bars.append(
+                Bar(
+                    "regenerability ranks at least 20 edits as the pictures do (rank correlation above 0)",
+                    f"{certificate['rank_corr']:.2f} over {certificate['edits']} edits",
+                    certificate["rank_corr"] > 0 if certificate["edits"] >= 20 else None,
+                )
+            )
+        return bars
+
+
+def _concept(line: str) -> Concept:
+    from ..edit import parse_concepts
+
+    return parse_concepts(line)[0]
+
+
+def _is(job: Job, method: str) -> bool:
+    """Whether a job erases with this method as it is meant to be used."""
+    return job.arguments["method"] == method and job.arguments["strength"] == 1.0 and not job.arguments["hard"]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What pictures showed: hits by set, and for words that should survive those of each picture."""
+
+    hits: Mapping[str, Sequence[int]]
+    survive: Mapping[str, Mapping[Case, int]]
+
+
+def _seen(job: Job, done: Mapping[str, Result]) -> _Seen:
+    hits = done[job.key]["hits"]
+    listed = cases(shapes_world(), _concept(job.arguments["concept"]), Counts(**job.arguments["counts"]))
+    return _Seen(hits, {key: dict(zip(listed[key], hits[key], strict=True)) for key in ("neighbour", "unrelated") if key in hits})
+
+
+_PRESENCES = (
+    ("presence_before", 0, "concept"),
+    ("presence_after", 1, "concept"),
+    ("synonym_before", 0, "synonym"),
+    ("synonym_after", 1, "synonym"),
+    ("pair_before", 0, "pair"),
+    ("pair_after", 1, "pair"),
+    ("chance", 0, "chance"),
+    ("replacement_before", 0, "replacement"),
+    ("replacement_presence", 1, "replacement"),
+    ("recovery_derived", 1, "derived"),
+    ("recovery_learned", 1, "learned"),
+    ("learned_before", 0, "learned"),
+)
+"""A row's presences: the name, before (0) or after (1) the edit, and what was drawn."""
+
+
+def _erase_row(
+    set_: str, method: str, jobs: Sequence[Job], done: Mapping[str, Result], before: Mapping[str, _Seen], cached: frozenset[str]
+) -> dict[str, Any]:
+    """Figures of a method over concepts: pictures of all concepts count alike."""
+    row: dict[str, Any] = {"set": set_, "method": method, "concepts": len(jobs), "cached": len(cached & {job.key for job in jobs})}
+    intervals: dict[str, Any] = {}
+    names = [job.arguments["concept"] for job in jobs]
+    sides = [before[name] for name in names if name in before], [_seen(job, done) for job in jobs]
+    for name, side, key in _PRESENCES:
+        row[name], intervals[name] = _presence([hit for seen in sides[side] for hit in seen.hits.get(key, [])])
+    drops = [_drops(before.get(name), seen) for name, seen in zip(names, sides[1], strict=True)]
+    for key in ("unrelated", "neighbour"):
+        row[f"{key}_drop"], intervals[f"{key}_drop"] = _mean([drop for each in drops for drop in each.get(key, [])])
+    row["seconds"] = statistics.fmean([done[job.key]["seconds"] for job in jobs])
+    row["rank"] = statistics.fmean([done[job.key]["rank"] for job in jobs])
+    row["n"] = sum(len(seen.hits.get("concept", [])) for seen in sides[1])
+    each = [_concept_figures(job, done, before.get(job.arguments["concept"]), drop) for job, drop in zip(jobs, drops, strict=True)]
+    return {**row, "intervals": intervals, "each": each}
+
+
+def _concept_figures(job: Job, done: Mapping[str, Result], before: _Seen | None, drops: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What was measured of one concept: presence by what was drawn, and mean drops."""
+    result = done[job.key]
+    return {
+        "concept": job.arguments["concept"],
+        "before": {} if before is None else {key: statistics.fmean(hits) for key, hits in before.hits.items() if hits},
+        "after": {key: statistics.fmean(hits) for key, hits in result["hits"].items() if hits},
+        "drops": {key: statistics.fmean(values) for key, values in drops.items() if values},
+        "pictures": {key: len(hits) for key, hits in result["hits"].items()},
+        "regenerable": _regenerable(result),
+        "seconds": result["seconds"],
+        "rank": result["rank"],
+    }
+
+
+def _drops(before: _Seen | None, after: _Seen) -> dict[str, list[int]]:
+    """Presence before less presence after, of each picture that was drawn both times."""
+    earlier = {} if before is None else before.survive
+    return {
+        key: [earlier[key][case] - hit for case, hit in seen.items() if case in earlier.get(key, {})] for key, seen in after.survive.items()
+    }
+
+
+def _presence(hits: Sequence[int]) -> tuple[float | None, list[float] | None]:
+    from ..score import wilson
+
+    return (statistics.fmean(hits), list(wilson(sum(hits), len(hits)))) if hits else (None, None)
+
+
+def _mean(values: Sequence[float]) -> tuple[float | None, list[float] | None]:
+    from ..score import mean_interval
+
+    interval = mean_interval(values)
+    return (statistics.fmean(values), None if interval is None else list(interval)) if values else (None, None)
+
+
+def _regenerable(result: Result) -> float | None:
+    """How much of the concept a plausible embedding could bring back, by the report."""
+    return max((concept["regenerable_plausible"] for concept in result["report"].get("concepts", [])), default=None)
+
+
+def _certificate_row(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """How the regenerability of edits ranks with what the attacks measured bring back."""
+    from scipy.stats import spearmanr
+
+    row: dict[str, Any] = {"set": "certificate"}
+    for name, edits, key in (("rank_corr", "edits", "derived"), ("rank_corr_learned", "edits_learned", "learned")):
+        known = [result for result in results if _regenerable(result) is not None and result["hits"].get(key)]
+        said, seen = [_regenerable(result) for result in known], [statistics.fmean(result["hits"][key]) for result in known]
+        varied = len(set(said)) > 1 and len(set(seen)) > 1
+        row[name], row[edits] = float(spearmanr(said, seen).statistic) if varied else None, len(known)
+    return [row] if row["rank_corr"] is not None else []
+
+
+def _erase_bars(row: Mapping[str, Any]) -> Iterable[Bar]:
+    for name, label, met in (
+        ("presence_before", "the concept is drawn before, at least 0.9", lambda x: x >= 0.9),
+        ("presence_after", "the concept is drawn after, at most 0.05", lambda x: x <= 0.05),
+        ("synonym_after", "under synonyms, at most 0.05", lambda x: x <= 0.05),
+        ("pair_after", "in prompts of two things, at most 0.05", lambda x: x <= 0.05),
+        ("unrelated_drop", "unrelated words lose at most 0.03", lambda x: x <= 0.03),
+        ("neighbour_drop", "nearest neighbours lose at most 0.05", lambda x: x <= 0.05),
+    ):
+        yield Bar(label, _figure(row, name), None if row[name] is None else met(row[name]))
+    value, best = row["replacement_presence"], row["replacement_before"]
+    if value is not None and best is not None:
+        label = "the replacement is drawn, at least 0.9 of what its own prompt draws"
+        yield Bar(label, f"{_figure(row, 'replacement_presence')}, its own prompt {best:.3f}", value >= 0.9 * best)
+
+
+def _speed_bars(size: str, row: Mapping[str, Any]) -> Iterable[Bar]:
+    limits = {
+        "sd15": {"seconds": 0.5, "gram_seconds": 1.0, "peak_mb": 150},
+        "sdxl": {"seconds": 2.0, "gram_seconds": 20.0, "peak_mb": 600},
+    }[size]
+    if size == "sd15":
+        limits |= {"rece_seconds": 0.5, "default_seconds": 5.0}
+    for name, limit in limits.items():
+        yield Bar(f"{size}: {name} at most {limit:g}", f"{row[name]:.3g}", row[name] <= limit)
+    yield Bar(f"{size}: at least 20 times as fast as published", f"{row['ratio']:.0f} times", row["ratio"] >= 20)
+
+
+def _figure(row: Mapping[str, Any], key: str) -> str:
+    if row[key] is None:
+        return "not measured"
+    low, high = row["intervals"][key] or (float("nan"), float("nan"))
+    worst = _worst(row["each"], key)
+    return f"{row[key]:.3f} ({low:.3f} to {high:.3f})" + ("" if worst is None else f"; {worst}")
+
+
+def _worst(each: Sequence[Mapping[str, Any]], key: str) -> str | None:
+    """The concept that does worst by a figure after the edit."""
+    name = {"presence_after": "concept", "synonym_after": "synonym", "pair_after": "pair"}.get(key)
+    known = [(figures["after"][name], figures["concept"]) for figures in each if name in figures["after"]]
+    return f"worst {max(known)[1]}, {max(known)[0]:.3f}" if known else None

@@ -1,0 +1,241 @@
+"""How fast an edit is solved and exported at the sizes of real models, against the published order of work, on random weights.
+
+The like-for-like job is UCE's 2025 objective for 100 single columns: same columns, threads and precision. Text encoding is in none of the
+figures. Weights are read from disk layer by layer, as they would be from a checkpoint; the published loops are given theirs in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..edit import ContextEdit, save_lora, solve_edit
+from ..edit.job import Job
+from ..edit.layers import gram
+from ..edit.presets import rece
+from ..edit.solve import LowRank, Problem, minimise
+from ..model import Conditioning, Family, Model, Prompt
+from ..vocabulary import WORD_END
+from .frame import Result
+
+COLUMNS = 100
+RIDGE = 0.5
+LAYERS: Mapping[str, tuple[Family, int, Mapping[int, int]]] = {
+    "sd15": ("sd1", 768, {320: 10, 640: 10, 1280: 12}),
+    "sdxl": ("sdxl", 2048, {640: 20, 1280: 120}),
+}
+"""Family, width of the context, and how many to_k and to_v there are of each height."""
+REPEATS = 3
+WORDS = (
+    "cat",
+    "dog",
+    "car",
+    "house",
+    "tree",
+    "painting",
+    "city",
+    "woman",
+    "man",
+    "river",
+    "mountain",
+    "bird",
+    "horse",
+    "ship",
+    "flower",
+    "bread",
+)
+"""What the stand-in for a text encoder was trained on, for all that a method can see."""
+COMMON = ("a", "an", "the", "of", "and", "on", "one", "photo", "picture", "drawing", "image", "large", "background", "with", "in")
+
+
+class StoredLayers:
+    """``core.model.CrossAttention`` over a file of random fp16 weights, read one layer at a time."""
+
+    def __init__(self, path: Path, width: int, heights: Mapping[int, int]) -> None:
+        self._path, self._width = path, width
+        self._heights = [height for height, count in heights.items() for _ in range(count)]
+
+    def write(self) -> StoredLayers:
+        """Fill the file: normal with variance 1 / width."""
+        rng = np.random.default_rng(0)
+        with self._path.open("wb") as file:
+            for height in self._heights:
+                file.write((rng.standard_normal((height, self._width), dtype=np.float32) * self._width**-0.5).astype(np.float16).tobytes())
+        return self
+
+    def key_values(self) -> Iterator[tuple[str, Tensor]]:
+        offset = 0
+        for index, height in enumerate(self._heights):
+            count = height * self._width
+            values = np.fromfile(self._path, np.float16, count, offset=offset)
+            offset += 2 * count
+            name = f"down_blocks.0.attentions.0.transformer_blocks.{index // 2}.attn2.{('to_k', 'to_v')[index % 2]}"
+            yield name, torch.from_numpy(values).view(height, self._width)
+
+    def pooled(self) -> None:
+        return None
+
+
+class StandInText:
+    """A text encoder without weights: causal contexts of full rank, drawn from each token's id and place, and the time spent on them.
+
+    The tokenizer knows the words of ``WORDS`` and prompts' common words, one token each.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        names = [*WORDS, *COMMON]
+        self._vocabulary = {word + WORD_END: index for index, word in enumerate(dict.fromkeys(names))}
+        self.seconds = 0.0
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        return self._vocabulary
+
+    @cached_property
+    def tables(self) -> Mapping[str, Tensor]:
+        return {"l": torch.stack([self._row("token", index) for index in range(len(self._vocabulary))])}
+
+    def tokenize(self, text: str) -> list[int]:
+        return [self._vocabulary[word + WORD_END] for word in text.split()]
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        start = time.perf_counter()
+        context = torch.stack([self._context(str(prompt)) for prompt in prompts])
+        self.seconds += time.perf_counter() - start
+        return Conditioning(context)
+
+    def _context(self, prompt: str) -> Tensor:
+        names = ["start", *map(str, self.tokenize(prompt))]
+        rows = torch.stack([self._row("token", name) for name in (names + ["end"] * 77)[:77]])
+        before = rows.cumsum(0) / torch.arange(1, 78)[:, None]
+        places = torch.stack([self._row("place", place) for place in range(77)])
+        return rows + before + 0.5 * places
+
+    def _row(self, kind: str, name: object) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(f"{kind} {name}".encode()).digest()[:6], "little")
+        return torch.randn(self._width, generator=torch.Generator().manual_seed(seed))
+
+
+def measure_speed(size: str, threads: int) -> Result:
+    """Seconds to solve and export, to run RECE's loop, to solve with the default method, and for the Gram matrix; and the memory taken."""
+    torch.set_num_threads(threads)
+    family, width, heights = LAYERS[size]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        layers = StoredLayers(Path(folder, "layers"), width, heights).write()
+        c, a = _columns(width)
+        ones = torch.ones(COLUMNS, dtype=torch.float64)
+
+        def like_for_like() -> None:
+            found = minimise(Problem(c.double(), a.double(), ones, RIDGE))
+            edit = ContextEdit(family, LowRank(found.u.float(), found.v.float()))
+            save_lora(edit, layers, Path(folder, "lora.safetensors"), overwrite=True)
+
+        like_for_like()
+        before = _resident(reset=True)
+        seconds = _fastest(like_for_like)
+        peak = _resident(peak=True) - before
+        text = StandInText(width)
+        model = Model(family, size, text, _NoDenoiser(), words=WORDS, cross_attention=layers)
+        start = time.perf_counter()
+        gram(model, width, None, Path(folder))
+        result = {"seconds": seconds, "peak_mb": round(peak, 1), "gram_seconds": time.perf_counter() - start}
+        result["rece_seconds"] = _rece_seconds(model, Path(folder))
+        solve_edit(model, ["cat"], cache=Path(folder))
+        before_texts, start = text.seconds, time.perf_counter()
+        solve_edit(model, ["cat"], cache=Path(folder))
+        result["default_encode_seconds"] = text.seconds - before_texts
+        result["default_seconds"] = time.perf_counter() - start - result["default_encode_seconds"]
+    return {**{key: round(value, 4) for key, value in result.items()}, "threads": threads, "evals": 0}
+
+
+def measure_official(size: str, threads: int, layers: int) -> Result:
+    """Seconds of the published loops for the same edit, timed on ``layers`` layers of each height and scaled up to all of them."""
+    torch.set_num_threads(threads)
+    _, width, heights = LAYERS[size]
+    c, a = _columns(width)
+    totals = dict.fromkeys(LOOPS, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for height, count in heights.items():
+            timed = min(layers, count)
+            weights = [torch.randn(height, width, generator=generator) * width**-0.5 for _ in range(timed)]
+            for name, loop in LOOPS.items():
+                start = time.perf_counter()
+                for weight in weights:
+                    loop(weight, c, a)
+                totals[name] += (time.perf_counter() - start) * count / timed
+    return {**{f"{name}_seconds": round(value, 3) for name, value in totals.items()}, "threads": threads, "layers": layers, "evals": 0}
+
+
+def as_published(weight: Tensor, columns: Tensor, anchors: Tensor) -> Tensor:
+    """One layer in UCE's published order: an outer product a concept, an inverse a layer. weight (out, d), columns and anchors (d, N)."""
+    left, right = RIDGE * weight, RIDGE * torch.eye(weight.shape[1])
+    for column, anchor in zip(columns.T, anchors.T, strict=True):
+        left += torch.outer(weight @ anchor, column)
+        right += torch.outer(column, column)
+    return left @ torch.inverse(right)
+
+
+def vectorised(weight: Tensor, columns: Tensor, anchors: Tensor) -> Tensor:
+    """The same, the concepts' sums as matrix products."""
+    right = RIDGE * torch.eye(weight.shape[1]) + columns @ columns.T
+    return (RIDGE * weight + (weight @ anchors) @ columns.T) @ torch.inverse(right)
+
+
+LOOPS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"official": as_published, "vectorised": vectorised}
+
+
+def _columns(width: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(width, COLUMNS, generator=generator), torch.randn(width, COLUMNS, generator=generator)
+
+
+def _rece_seconds(model: Model, folder: Path) -> float:
+    from ..edit import parse_concepts
+
+    job = Job(model, parse_concepts("cat"), cache=folder)
+    solve = rece(0.1, 3)
+    # Gram and texts are there once it has run.
+    solve(job)
+    return _fastest(lambda: solve(job))
+
+
+def _fastest(run: Callable[[], Any]) -> float:
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _resident(*, reset: bool = False, peak: bool = False) -> float:
+    """This process's resident memory in MiB, now or at its peak since the last reset; 0 where the system does not say."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5", "ascii")
+        lines = Path("/proc/self/status").read_text("ascii", "replace").splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:" if peak else "VmRSS:")), 0.0)
+
+
+class _NoDenoiser:
+    """The part of a model that solving an edit never asks for."""
+
+    latent_channels, downscale = 4, 8
+    training_sigmas = torch.zeros(0)
+    device = torch.device("cpu")
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        raise NotImplementedError("random weights of the text path draw nothing")

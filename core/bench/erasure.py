@@ -1,0 +1,335 @@
+"""Erasing concepts of the demo model, and reading what is left from pictures: the measurements of ``conceptkit bench edit``.
+
+Every picture is read by the exact detectors and judged by the world's own predicates, so presence is a count and not an opinion. The
+edited model is run in the conditioning form, which equals the weight form (a law with a test of its own) and costs no copy of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..demo.render import SIDE
+from ..demo.world import Word, World
+from .frame import Result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..demo.detect import Reading
+    from ..edit import Concept, ContextEdit
+    from ..model import Conditioning, Model, Slot
+
+TEMPLATE = "a photo of a {}"
+STEPS = 12
+"""Of DPM++ 2M: 24 evals a picture with guidance."""
+BATCH = 16
+PARTNERS = ("square", "car", "daisy", "heart", "barn", "lemon", "diamond", "raven")
+"""What stands beside the concept in prompts of two things."""
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "end token": {"end": 0.0},
+    "padding": {"padding": 0.0},
+    "prompts with other words": {"frames": 0},
+    "synonyms": {"synonym": 0.0},
+    "near words that stay": {"siblings": 0},
+    "derived columns": {"rounds": 0},
+    "exact empty prompt": {"null": 0},
+}
+"""What the default method is tried without, as changes to its settings."""
+LEARN_BATCH = 8
+LEARN_RATE = 0.1
+"""Of Adam, in units of a table row's root mean square."""
+LEARN_PICTURES = 64
+"""Renders of the concept that textual inversion learns from."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture to draw and the word whose predicate judges it."""
+
+    prompt: str
+    seed: int
+    word: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pictures a prompt: of the concept (its synonyms and prompts of two things alike), of each neighbour, of each unrelated word."""
+
+    concept: int
+    neighbour: int
+    unrelated: int
+    learn: int
+    """Steps of textual inversion; 0 measures none."""
+
+
+def cases(world: World, concept: Concept, counts: Counts) -> dict[str, list[Case]]:
+    """What is drawn before and after an edit, by set: concept, synonym, pair, neighbour, unrelated, chance.
+
+    Words that the world says change with the concept are in none of them; a set may be empty. Seeds are the same before and after, and
+    for every method.
+    """
+    word = world.words[concept.text]
+    seeds = range(50_000, 50_000 + counts.concept)
+    synonyms = [other.text for other in world.words.values() if other.synonym_of == word.text]
+    found = {
+        "concept": [Case(TEMPLATE.replace("{}", word.text), seed, word.text) for seed in seeds],
+        "synonym": [Case(TEMPLATE.replace("{}", text), seed + 1_000, word.text) for text in synonyms for seed in seeds],
+        "pair": [Case(prompt, seed + 2_000, word.text) for prompt, seed in zip(_pairs(world, word, concept), seeds, strict=False)],
+        "neighbour": [
+            Case(TEMPLATE.replace("{}", text), 53_000 + i, text) for text in neighbours(world, word) for i in range(counts.neighbour)
+        ],
+        "unrelated": [
+            Case(TEMPLATE.replace("{}", text), 54_000 + i, text) for text in unrelated(world, concept) for i in range(counts.unrelated)
+        ],
+        "chance": [Case("", seed + 5_000, word.text) for seed in seeds],
+    }
+    return found
+
+
+def neighbours(world: World, word: Word) -> tuple[str, ...]:
+    """The words that share looks with ``word`` and must survive its edit: the world's own list, else the next of its role."""
+    if word.neighbours:
+        return word.neighbours
+    peers = [other.text for other in world.by_role(word.role) if other.synonym_of is None and not set(other.related) & set(word.related)]
+    return tuple(text for text in peers if text != word.text)[:3]
+
+
+def unrelated(world: World, concept: Concept) -> list[str]:
+    """Base words, every third, that have nothing to do with the concept: not its make-up, neighbours, synonyms or replacement."""
+    word = world.words[concept.text]
+    out = {word.text, concept.replacement, *word.related, *word.entailed, *neighbours(world, word)}
+    roles = world.by_role("shape", "exemplar", "colour", "texture", "background")
+    base = [other.text for other in roles if other.synonym_of is None and other.text not in out]
+    return base[::3]
+
+
+def _pairs(world: World, word: Word, concept: Concept) -> Iterator[str]:
+    """Prompts of two things, one of them the concept; none for words that name no thing and no attribute of one."""
+    from ..demo.render import COLOURS, SHAPES
+
+    partners = [other for other in PARTNERS if other not in {word.text, concept.replacement, *word.related, *neighbours(world, word)}]
+    colours = [colour for colour in COLOURS if colour not in (word.text, concept.replacement)]
+    index = 0
+    while word.role in ("shape", "exemplar", "category", "colour", "texture"):
+        partner = partners[index % len(partners)]
+        if word.role in ("colour", "texture"):
+            yield f"a photo of a {word.text} {SHAPES[index % len(SHAPES)]} and a {colours[index % len(colours)]} square"
+        else:
+            yield f"a photo of a {word.text} and a {partner}"
+        index += 1
+
+
+def measure_before(model: str, world: str, concept: str, counts: Mapping[str, int]) -> Result:
+    """What the unedited model draws for each set, and after learning an embedding with the same budget."""
+    from ..edit import parse_concepts
+    from .decompose import WORLDS, _model
+
+    loaded, known = _model(model), WORLDS[world]()
+    (asked,), budget = parse_concepts(concept), Counts(**counts)
+    before = loaded.meter.evals
+    hits = {name: judged(known, listed, look(loaded, listed, None)) for name, listed in cases(known, asked, budget).items()}
+    if asked.replacement is not None:
+        # How often the replacement's own prompt shows it: what an edit can reach at best.
+        own = [Case(TEMPLATE.replace("{}", asked.replacement), 50_000 + i, asked.replacement) for i in range(budget.concept)]
+        hits["replacement"] = judged(known, own, look(loaded, own, None))
+    if budget.learn:
+        hits["learned"] = learned(loaded, known, asked, None, budget)
+    return {"hits": hits, "evals": loaded.meter.evals - before}
+
+
+def measure_edit(
+    model: str, world: str, method: str, concept: str, strength: float, hard: bool, counts: Mapping[str, int], sets: Sequence[str]
+) -> Result:
+    """Erase a concept, and see what is left of it and of the rest, drawn as before. sets: which to draw, of those of ``cases`` and the
+    attacks ``derived`` and ``learned``."""
+    from ..edit import parse_concepts, solve_edit
+    from .decompose import _model
+
+    loaded = _model(model)
+    (asked,) = parse_concepts(concept)
+    start = time.perf_counter()
+    edit = solve_edit(loaded, [asked], method=method, strength=strength, hard=hard)
+    seconds = round(time.perf_counter() - start, 3)
+    return {**_drawn(loaded, world, asked, edit, Counts(**counts), sets), "seconds": seconds}
+
+
+def measure_ablation(model: str, world: str, without: str, concept: str, counts: Mapping[str, int], sets: Sequence[str]) -> Result:
+    """The same for the default method without one of its ingredients."""
+    from ..edit import ContextEdit, parse_concepts, report_edit
+    from ..edit.default import DEFAULT, conceptkit
+    from ..edit.edit import single
+    from ..edit.job import Job
+    from .decompose import _model
+
+    loaded = _model(model)
+    (asked,) = parse_concepts(concept)
+    start = time.perf_counter()
+    solution = conceptkit(Job(loaded, (asked,)), replace(DEFAULT, **ABLATIONS[without]))
+    edit = ContextEdit(loaded.family, single(solution.context), concepts=(asked,), anchors=solution.anchors)
+    seconds = round(time.perf_counter() - start, 3)
+    edit = replace(edit, report=report_edit(loaded, edit))
+    return {**_drawn(loaded, world, asked, edit, Counts(**counts), sets), "seconds": seconds}
+
+
+def _drawn(model: Model, world: str, asked: Concept, edit: ContextEdit, budget: Counts, sets: Sequence[str]) -> dict[str, Any]:
+    """What the pictures of an edited model show."""
+    from .decompose import WORLDS
+
+    known, before = WORLDS[world](), model.meter.evals
+    hits: dict[str, list[int]] = {}
+    for name, listed in cases(known, asked, budget).items():
+        if name in sets:
+            readings = look(model, listed, edit)
+            hits[name] = judged(known, listed, readings)
+            if name == "concept" and asked.replacement is not None:
+                hits["replacement"] = judged(known, [replace(case, word=asked.replacement) for case in listed], readings)
+    if "derived" in sets:
+        hits["derived"] = derived(model, known, asked, edit, budget)
+    if "learned" in sets and budget.learn:
+        hits["learned"] = learned(model, known, asked, edit, budget)
+    certificate = {} if edit.report is None else edit.report.to_json()
+    return {"hits": hits, "rank": edit.rank, "report": certificate, "evals": model.meter.evals - before}
+
+
+def planned(world: World, concept: Concept, counts: Counts, sets: Sequence[str]) -> int:
+    """The evals of ``measure_edit``, and with every set of ``cases``, ``replacement`` and ``learned`` those of ``measure_before``."""
+    pictures = sum(len(listed) for name, listed in cases(world, concept, counts).items() if name in sets)
+    pictures += counts.concept * (("derived" in sets) + ("replacement" in sets and concept.replacement is not None))
+    evals = 2 * STEPS * pictures
+    if "learned" in sets and counts.learn:
+        evals += 3 * LEARN_BATCH * counts.learn + 2 * STEPS * counts.concept
+    return evals
+
+
+def judged(world: World, listed: Sequence[Case], readings: Sequence[Reading]) -> list[int]:
+    """1 where a picture shows the word it is judged by."""
+    from ..demo.detect import present
+
+    return [int(present(world.words[case.word], reading)) for case, reading in zip(listed, readings, strict=True)]
+
+
+def look(model: Model, listed: Sequence[Case], edit: ContextEdit | None) -> list[Reading]:
+    """What the pictures of an edited model (or the model itself) show."""
+    import torch
+
+    found: list[Reading] = []
+    with torch.no_grad():
+        for first in range(0, len(listed), BATCH):
+            part = listed[first : first + BATCH]
+            found += readings(model, model.text.encode([case.prompt for case in part]), [case.seed for case in part], edit)
+    return found
+
+
+def readings(model: Model, positive: Conditioning, seeds: Sequence[int], edit: ContextEdit | None) -> list[Reading]:
+    """What the detectors see in a picture a seed, the edit acting on what guidance adds and on what it subtracts alike."""
+    import torch
+
+    from ..demo import detect
+    from ..demo.evaluate import GUIDANCE
+    from ..sampling import initial_noise, sample, schedule
+
+    if model.autoencoder is None:
+        raise ValueError("the model has no autoencoder, so its pictures cannot be read: load one that has")
+    cells = SIDE // model.denoiser.downscale
+    with torch.no_grad():
+        negative = model.text.encode([""])
+        if edit is not None:
+            positive, negative = edit.apply_to_conditioning(positive), edit.apply_to_conditioning(negative)
+        noise = initial_noise(seeds, model.denoiser.latent_channels, cells, cells)
+        latents = sample(model, positive, negative, noise, schedule(model.denoiser, STEPS), guidance=GUIDANCE)
+        return [detect.read(picture) for picture in model.autoencoder.decode(latents).movedim(1, -1).cpu().numpy()]
+
+
+def derived(model: Model, world: World, concept: Concept, edit: ContextEdit, counts: Counts) -> list[int]:
+    """Presence under the strongest plausible context: every position of the concept's prompt replaced by what brings it back best.
+
+    Source: the derived embedding of RECE (Gong et al., arXiv 2407.12383), with the captions' covariance in place of the identity.
+    """
+    import torch
+
+    prompt = model.text.encode([TEMPLATE.replace("{}", concept.text)])
+    attacked = replace(prompt, context=adversary(model, edit, prompt.context[0])[None])
+    hits: list[int] = []
+    for first in range(0, counts.concept, BATCH):
+        seeds = range(55_000 + first, 55_000 + min(first + BATCH, counts.concept))
+        with torch.no_grad():
+            seen = readings(model, attacked, seeds, edit)
+        hits += judged(world, [Case("", seed, concept.text) for seed in seeds], seen)
+    return hits
+
+
+def adversary(model: Model, edit: ContextEdit, context: Tensor) -> Tensor:
+    """Per position of a context (positions, width) the embedding, no less plausible, that the edited model reads most like it."""
+    import torch
+
+    from ..edit.layers import gram
+    from ..edit.report import Adversary
+    from ..edit.solve import LowRank
+    from ..edit.texts import Texts, caption_corpus, corpus
+
+    captions = corpus(Texts(model.text), caption_corpus(model)).covariance
+    factors = LowRank(edit.context.u.double().cpu(), edit.context.v.double().cpu())
+    attacker = Adversary(factors, gram(model, context.shape[1], None).matrix, captions)
+    return torch.stack([attacker.derive(row) for row in context.double().cpu()]).to(context)
+
+
+def learned(model: Model, world: World, concept: Concept, edit: ContextEdit | None, counts: Counts) -> list[int]:
+    """Presence after textual inversion on the edited model: can a new word, learned from pictures, say the concept again?
+
+    Source: Pham et al., "Circumventing Concept Erasure Methods", arXiv 2308.01508, with the world's own pictures in place of generated
+    ones.
+    """
+    from ..decompose.result import fill
+
+    slot = inverted(model, world, concept, edit, steps=counts.learn, seed=0)
+    prompt = fill(TEMPLATE, [slot])
+    hits: list[int] = []
+    for first in range(0, counts.concept, BATCH):
+        seeds = range(56_000 + first, 56_000 + min(first + BATCH, counts.concept))
+        seen = readings(model, model.text.encode([prompt]).detach(), seeds, edit)
+        hits += judged(world, [Case("", seed, concept.text) for seed in seeds], seen)
+    return hits
+
+
+def inverted(model: Model, world: World, concept: Concept, edit: ContextEdit | None, *, steps: int, seed: int) -> Slot:
+    """One token per text encoder that minimises the noise-prediction error on renders of the concept, started from the word "thing".
+
+    Adam with a rate relative to the table's mean row length, decaying to zero along a cosine; noise levels uniform in training time.
+    """
+    import numpy as np
+    import torch
+
+    from ..decompose.result import fill
+    from ..demo import render
+    from ..vocabulary import WORD_END, embeddings
+
+    if model.autoencoder is None:
+        raise ValueError("the model has no autoencoder to encode the concept's pictures with: load one that has")
+    generator, drawn = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    renders = render.draw_batch([world.picture_of(concept.text, drawn) for _ in range(LEARN_PICTURES)])
+    with torch.no_grad():
+        latents = model.autoencoder.encode(torch.from_numpy(renders).float().div(255).movedim(-1, 1))
+    start = embeddings(model.text, [model.text.vocabulary["thing" + WORD_END]])
+    rows = {name: row.clone().requires_grad_() for name, row in start.items()}
+    norm = {name: float(table.norm(dim=1).mean()) for name, table in model.text.tables.items()}
+    groups = [{"params": [row], "lr": LEARN_RATE * norm[name] / row.shape[-1] ** 0.5} for name, row in rows.items()]
+    optimiser = torch.optim.Adam(groups)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    sigmas = model.denoiser.training_sigmas
+    for _ in range(steps):
+        index = torch.randint(len(latents), (LEARN_BATCH,), generator=generator)
+        sigma = sigmas[torch.randint(len(sigmas), (LEARN_BATCH,), generator=generator)]
+        x0, level = latents[index], sigma.view(-1, 1, 1, 1)
+        noise = torch.randn(x0.shape, generator=generator)
+        conditioning = model.text.encode([fill(TEMPLATE, [dict(rows)])])
+        if edit is not None:
+            conditioning = edit.apply_to_conditioning(conditioning)
+        loss = ((model.denoise(x0 + level * noise, sigma, conditioning) - x0) / level).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        decay.step()
+    return {name: row.detach() for name, row in rows.items()}
