@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,12 +76,12 @@ def stem(word: str) -> str:
 
 
 def whole_words(text: TextEncoder) -> dict[str, int]:
-    """Every vocabulary entry that is a visible English word by itself, with its token id, in vocabulary order.
+    """Every vocabulary entry that is a visible English word by itself, with its token id, in order of ids.
 
-    Alphabetic, lower case, at least three letters, not a stop word. CLIP's vocabulary lists commoner words first.
+    Alphabetic, lower case, at least three letters, not a stop word. CLIP's vocabulary numbers commoner words first.
     """
     words: dict[str, int] = {}
-    for token, index in text.vocabulary.items():
+    for token, index in sorted(text.vocabulary.items(), key=lambda entry: entry[1]):
         word = token.removesuffix(WORD_END)
         if word != token and len(word) >= 3 and word.isascii() and word.isalpha() and word == word.lower() and word not in STOP_WORDS:
             words[word] = index
@@ -121,12 +125,37 @@ def candidates(
     exclude: Iterable[str] = (),
     keep_concept: bool = False,
 ) -> dict[str, int]:
+    """The words of `choose_candidates`, with nothing left out for being a name or offensive."""
+    return choose_candidates(
+        text, concept, limit=limit, words=words, exclude=exclude, keep_concept=keep_concept, exclude_unsafe=False
+    ).words
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """``words`` with their token ids, and what was left out of them, in one phrase for people (empty when nothing was)."""
+
+    words: dict[str, int]
+    excluded: str
+
+
+def choose_candidates(
+    text: TextEncoder,
+    concept: str | None,
+    *,
+    limit: int,
+    words: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    exclude_unsafe: bool = True,
+    keep_concept: bool = False,
+) -> Candidates:
     """The words ``concept`` may be taken apart into, with their token ids: at most ``limit``, nearest token embedding first.
 
-    The pool is ``words`` where given (each must be one whole token), else ``whole_words``. Left out of either: ``exclude``, and unless
-    ``keep_concept`` every word that shares a stem with a word of the concept, begins with one (from four letters on), or whose
-    embedding has cosine > 0.9 with a one-token concept. ``concept`` None (a pseudo-token without a name) leaves nothing out and
-    keeps vocabulary order. A ``words`` list no longer than ``limit`` keeps its own order.
+    The pool is ``words`` where given (each must be one whole token), else ``whole_words``. Left out of either: ``exclude``; with
+    ``exclude_unsafe`` personal names and offensive words (`is_unsafe`); and unless ``keep_concept`` every word that shares a stem with a
+    word of the concept, begins with one (from four letters on), or whose embedding has cosine > 0.9 with a one-token concept. ``concept``
+    None (a pseudo-token without a name) leaves nothing out as its copy and keeps vocabulary order. A ``words`` list no longer than
+    ``limit`` keeps its own order.
 
     Raises ValueError when a given word is no single token of this text encoder, or when nothing is left.
     """
@@ -140,26 +169,63 @@ def candidates(
         if pieces:
             raise ValueError(f"not a single token of this text encoder: {', '.join(pieces[:10])}. Take these words off the candidate list")
         pool = {word: text.vocabulary[word + WORD_END] for word in listed}
-    dropped = {word.strip().lower() for word in exclude}
-    pool = {word: index for word, index in pool.items() if word not in dropped}
+    asked = {word.strip().lower() for word in exclude} & set(pool)
+    unsafe = {word for word in pool if is_unsafe(word)} - asked if exclude_unsafe else set()
+    pool = {word: index for word, index in pool.items() if word not in asked and word not in unsafe}
     own = [] if concept is None else text.tokenize(concept)
     near: dict[str, float] = {}
+    copies: list[str] = []
     if pool and own:
         cosines = similarity(text, list(pool.values()), own)
         near = dict(zip(pool, cosines.amax(1).tolist(), strict=True))
         if not keep_concept and concept is not None:
-            parts = [part.lower() for part in concept.split()]
-            stems = {stem(part) for part in parts}
-            starts = tuple(part for part in parts if len(part) >= 4)
-            one = len(own) == 1
-            pool = {
-                word: index
-                for word, index in pool.items()
-                if stem(word) not in stems and not word.startswith(starts) and word not in parts and not (one and near[word] > NEAR_COPY)
-            }
+            copies = [word for word in pool if _is_copy(word, concept, near[word] if len(own) == 1 else 0.0)]
+            pool = {word: index for word, index in pool.items() if word not in copies}
     if not pool:
         raise ValueError("no candidate words are left: give a longer candidate list, or exclude fewer words")
-    if len(pool) <= limit:
-        return pool
-    ranked = sorted(pool, key=lambda word: (-near.get(word, 0.0), pool[word]))[:limit]
-    return {word: pool[word] for word in ranked}
+    excluded = _phrase(concept, copies, len(unsafe), len(asked))
+    if len(pool) > limit:
+        ranked = sorted(pool, key=lambda word: (-near.get(word, 0.0), pool[word]))[:limit]
+        pool = {word: pool[word] for word in ranked}
+    return Candidates(pool, excluded)
+
+
+def _is_copy(word: str, concept: str, cosine: float) -> bool:
+    parts = [part.lower() for part in concept.split()]
+    starts = tuple(part for part in parts if len(part) >= 4)
+    return word in parts or stem(word) in {stem(part) for part in parts} or word.startswith(starts) or cosine > NEAR_COPY
+
+
+def _phrase(concept: str | None, copies: Sequence[str], unsafe: int, asked: int) -> str:
+    parts = []
+    if copies:
+        shown = ", ".join(copies[:5]) + (", …" if len(copies) > 5 else "")
+        parts.append(f"{len(copies)} form{'s' * (len(copies) > 1)} of {concept!r} ({shown})")
+    if unsafe:
+        parts.append(
+            f"{unsafe} personal name{'s' * (unsafe > 1)} and offensive words" if unsafe > 1 else "1 personal name or offensive word"
+        )
+    if asked:
+        parts.append(f"{asked} word{'s' * (asked > 1)} by request")
+    return "; ".join(parts)
+
+
+def digest(word: str) -> str:
+    """What ``data/offensive.txt`` holds of a word: the first 12 hexadecimal digits of the SHA-256 of it in lower case.
+
+    To add a word, append its digest to that file; to find one, compare digests.
+    """
+    return sha256(word.strip().lower().encode()).hexdigest()[:12]
+
+
+def is_unsafe(word: str) -> bool:
+    """Whether ``word`` is a personal name or an offensive word by the lists in ``data``, or the plural of one."""
+    names, offensive = _listed("names.txt"), _listed("offensive.txt")
+    word = word.lower()
+    return any(form in names or digest(form) in offensive for form in {word, word.removesuffix("s")})
+
+
+@cache
+def _listed(name: str) -> frozenset[str]:
+    lines = (Path(__file__).parent / "data" / name).read_text("utf-8").splitlines()
+    return frozenset(" ".join(line for line in lines if not line.startswith("#")).split())

@@ -14,8 +14,7 @@ from torch import Tensor
 from .. import __version__
 from ..model import Family, Model, Prompt, Slot, UnsupportedModel
 from ..progress import OnStep, silent
-from ..vocabulary import candidates as choose_candidates
-from ..vocabulary import embeddings, is_known
+from ..vocabulary import choose_candidates, embeddings, is_known
 from .clusters import clusters
 from .conceptor import decompose_conceptor
 from .distilled import decompose_distilled
@@ -54,9 +53,10 @@ def decompose_concept(
 
     method: a name in ``METHODS``; budget: how much it may spend, and ``settings`` replaces single settings of that budget (such as
     ``{"guidance": 7.5}``). candidates: the words to choose from, else the model's own ``words``, else the ``limit`` whole words nearest
-    to the concept; the concept itself and its near-copies are left out unless ``keep_concept``. height, width: of the pictures sampled,
-    in pixels. checkpoint: a file that a stopped run continues from. ``on_step`` counts evals. Deterministic: all randomness comes from
-    ``seed``. The base model is only read.
+    to the concept; ``exclude``, personal names and offensive words (``exclude_unsafe``), and the concept itself with its near-copies
+    (unless ``keep_concept``) are left out, and the result says so. height, width: of the pictures sampled, in pixels. select: what the
+    conceptor method chooses its result by. checkpoint: a file that a stopped run continues from. ``on_step`` counts evals.
+    Deterministic: all randomness comes from ``seed``. The base model is only read.
 
     Look at ``r2`` before believing the words: it is measured on pictures that the fit did not see.
 
@@ -81,7 +81,9 @@ def decompose_concept(
     if name is not None:
         _check_concept(model, name)
     listed = model.words if candidates is None else candidates
-    pool = choose_candidates(model.text, name, limit=limit, words=listed, exclude=exclude, keep_concept=keep_concept)
+    pool = choose_candidates(
+        model.text, name, limit=limit, words=listed, exclude=exclude, exclude_unsafe=exclude_unsafe, keep_concept=keep_concept
+    )
     with torch.no_grad():
         prompt: Prompt = fill(template, name if isinstance(concept, str) and name is not None else [concept])
         teacher, empty = model.text.encode([prompt]).detach(), model.text.encode([""]).detach()
@@ -91,8 +93,8 @@ def decompose_concept(
         name=name or "<pseudo-token>",
         template=template,
         words=words,
-        pool=pool,
-        excluded="",
+        pool=pool.words,
+        excluded=pool.excluded,
         teacher=teacher,
         empty=empty,
         token=_own_token(model, concept),

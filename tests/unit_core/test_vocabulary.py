@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from conceptkit.core.vocabulary import candidates, is_known, similarity, stem, whole_words
+from conceptkit.core.vocabulary import candidates, choose_candidates, digest, is_known, is_unsafe, similarity, stem, token_of, whole_words
 from torch.nn.functional import normalize
 
 TOKENS = [
@@ -108,3 +111,40 @@ def test_a_concept_is_known_when_the_tokenizer_joins_its_letters() -> None:
     text = Text()
     assert is_known(text, "bird") and is_known(text, "Bird!") and is_known(text, "xyz bird") and is_known(text, "x")  # type: ignore[arg-type]
     assert not is_known(text, "xyz") and not is_known(text, "  ") and not is_known(text, "?!")  # type: ignore[arg-type]
+
+
+def test_names_and_offensive_words_are_left_out_unless_wanted_and_the_result_says_so() -> None:
+    text = Text([*TOKENS, "obama</w>", "marias</w>", "shit</w>"])
+    chosen = choose_candidates(text, "bird", limit=100, exclude=["red", "missing"])  # type: ignore[arg-type]
+    assert not {"obama", "marias", "shit", "red", "bird", "birds"} & set(chosen.words)
+    assert chosen.excluded == "3 forms of 'bird' (bird, birds, birding); 3 personal names and offensive words; 1 word by request"
+    open_ = choose_candidates(text, "bird", limit=100, exclude_unsafe=False, keep_concept=True)  # type: ignore[arg-type]
+    assert {"obama", "marias", "shit", "bird"} <= set(open_.words) and open_.excluded == ""
+    listed = choose_candidates(text, "bird", limit=9, words=["obama", "finch"])  # type: ignore[arg-type]
+    assert list(listed.words) == ["finch"] and listed.excluded == "1 personal name or offensive word"
+
+
+def test_what_counts_as_unsafe() -> None:
+    assert all(is_unsafe(word) for word in ("Michael", "maria", "picasso", "einsteins", "Fuck", "bitches"))
+    ordinary = "robin rose violet swift homer iris jade hunter turner grace gates viola roman moses ring cross class mass glass bass"
+    assert [word for word in ordinary.split() if is_unsafe(word)] == ["moses"]
+
+
+def test_offensive_words_stand_in_the_repository_as_digests_only(root: Path) -> None:
+    lines = (root / "core" / "data" / "offensive.txt").read_text("utf-8").splitlines()
+    digests = " ".join(line for line in lines if not line.startswith("#")).split()
+    assert len(digests) > 100 and len(set(digests)) == len(digests) and all(re.fullmatch("[0-9a-f]{12}", entry) for entry in digests)
+    assert digest("Shit ") == digest("shit") and digest("shit") in digests and digest("ship") not in digests
+
+
+def test_a_token_is_looked_up_by_its_word() -> None:
+    text = Text()
+    assert token_of(text, " Bird ") == text.vocabulary["bird</w>"]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="single token"):
+        token_of(text, "flamingo")  # type: ignore[arg-type]
+
+
+def test_words_come_in_the_order_of_their_ids_whatever_the_vocabulary_s() -> None:
+    text, shuffled = Text(), Text()
+    shuffled.vocabulary = dict(reversed(shuffled.vocabulary.items()))
+    assert list(whole_words(text).items()) == list(whole_words(shuffled).items())  # type: ignore[arg-type]
