@@ -41,7 +41,7 @@ ORACLE = 160
 PROTOCOL = 1
 """Raised whenever what a job measures changes, so that older results are not taken for it."""
 SOURCES: Mapping[str, tuple[str, ...]] = {
-    "distilled": ("distilled.py", "sparse.py", "mixture.py", "states.py"),
+    "distilled": ("distilled.py", "surrogate.py", "sparse.py", "text.py", "mixture.py", "states.py"),
     "text": ("text.py", "sparse.py"),
     "conceptor": ("conceptor.py",),
 }

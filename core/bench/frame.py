@@ -90,11 +90,12 @@ class Suite(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: measure ``fresh``, read ``known`` (by key), leave out ``dropped``."""
+    """What a run will do: measure ``fresh``, read ``known`` (by key), leave out ``dropped``, and leave ``elsewhere`` to other shards."""
 
     fresh: tuple[Job, ...]
     known: Mapping[str, Result]
     dropped: tuple[Job, ...]
+    elsewhere: tuple[Job, ...] = ()
 
     @property
     def evals(self) -> int:
@@ -111,11 +112,16 @@ class Plan:
         for part in dict.fromkeys(job.part for job in self.dropped):
             jobs = [job for job in self.dropped if job.part == part]
             yield f"  left out, beyond the profile's limit: {part}, {len(jobs)} x, {sum(job.evals for job in jobs):,} evals"
+        if self.elsewhere:
+            yield f"  left to other shards: {len(self.elsewhere)} x, at most {sum(job.evals for job in self.elsewhere):,} evals"
         yield f"planned: at most {self.evals:,} evals in {len(self.fresh)} measurements"
 
 
-def plan(suite: Suite, parts: Path | None) -> Plan:
-    """Which of the suite's jobs to measure, given what is shipped and what the folder ``parts`` holds."""
+def plan(suite: Suite, parts: Path | None, shard: tuple[int, int] = (0, 1)) -> Plan:
+    """Which of the suite's jobs to measure, given what is shipped and what the folder ``parts`` holds.
+
+    shard: (index, count) measures one of ``count`` parts of the jobs, the same ones wherever it runs.
+    """
     shipped = _read(DATA / f"{suite.name}.json")
     fresh: list[Job] = []
     dropped: list[Job] = []
@@ -131,16 +137,18 @@ def plan(suite: Suite, parts: Path | None) -> Plan:
             planned += job.evals
         else:
             dropped.append(job)
-    return Plan(tuple(fresh), known, tuple(dropped))
+    mine, others = ([job for job in fresh if (int(job.key, 16) % shard[1] == shard[0]) is wanted] for wanted in (True, False))
+    return Plan(tuple(mine), known, tuple(dropped), tuple(others))
 
 
-def run(suite: Suite, parts: Path | None, *, processes: int, say: Say) -> dict[str, Any]:
+def run(suite: Suite, parts: Path | None, *, processes: int, say: Say, shard: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     """Plan, say the plan, measure, and return the report: suite, version, profile, machine, rows; bars, and what the run spent.
 
     parts: a folder that each result is written to at once and read from on the next run. processes: how many measure side by side, on
-    one thread each; 0 measures in this process. What a job raises ends the run; what was measured stays in ``parts``.
+    one thread each; 0 measures in this process. What a job raises ends the run; what was measured stays in ``parts``. Runs with
+    different ``shard`` may share that folder, or have theirs put together afterwards; a last run without one makes the rows of all.
     """
-    planned = plan(suite, parts)
+    planned = plan(suite, parts, shard)
     say(f"bench {suite.name}, profile {suite.profile}")
     for line in planned.describe():
         say(line)

@@ -27,3 +27,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = {key: value.half().contiguous() for key, value in to_single_file(*parts).items()}
     save_file(tensors, path, metadata={"conceptkit": json.dumps(header)})
     return path
+
+
+@pytest.fixture
+def thrifty() -> dict[str, int]:
+    """Settings of the default method with which it spends next to nothing, whatever they are called."""
+    from conceptkit.core.decompose.distilled import BUDGETS
+
+    return {name: min(value, 2) for name, value in vars(BUDGETS["fast"]).items() if isinstance(value, int)}

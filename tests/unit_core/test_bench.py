@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conceptkit.core import score
+from conceptkit.core import decompose, score
 from conceptkit.core.bench import decompose as suite_module
 from conceptkit.core.bench import frame, planted
 from conceptkit.core.bench.decompose import COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row, right_words
@@ -102,6 +102,14 @@ def test_shipped_baselines_are_read_and_nothing_else(tmp_path: Path, monkeypatch
     monkeypatch.setattr(frame, "DATA", tmp_path / "data")
     plan = frame.plan(suite, None)
     assert [job.arguments["value"] for job in plan.fresh] == [3] and list(plan.known) == [suite.listed[0].key]
+
+
+def test_shards_make_one_whole(tmp_path: Path) -> None:
+    suite = Tiny(tuple(job(value) for value in range(1, 9)))
+    counts = [frame.run(suite, tmp_path, processes=0, say=str, shard=(index, 3))["run"]["measured"] for index in range(3)]
+    assert sum(counts) == 8 and max(counts) < 8
+    whole = frame.run(suite, tmp_path, processes=0, say=str)
+    assert whole["run"]["measured"] == 0 and [row["square"] for row in whole["rows"]] == [value**2 for value in range(1, 9)]
 
 
 def test_the_report_s_schema() -> None:
@@ -235,13 +243,10 @@ def test_quick_fits_and_never_drops_the_default_method(monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def tiny(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def tiny(checkpoint: Path, thrifty: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> str:
     """A random model, and as little of everything as a measurement takes."""
-    quick = dict(pictures=1, heldout=1, steps=2, judged=2, rows=4, pursuits=1, screened=4, probed=1, refined=2, descent=1, batch=2)
-    from conceptkit.core import decompose
-
     whole = decompose.decompose_concept
-    less = {"settings": quick, "words": 2}
+    less = {"settings": thrifty, "words": 2}
     monkeypatch.setattr(decompose, "decompose_concept", lambda *given, **options: whole(*given, **options | less))
     for name, value in (("FIDELITY_PICTURES", 1), ("STEPS", 2), ("DECOYS", 6), ("ORACLE", 2)):
         monkeypatch.setattr(suite_module, name, value)
