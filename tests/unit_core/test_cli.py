@@ -41,20 +41,19 @@ def test_sample(run: Run, checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def thrifty(monkeypatch: pytest.MonkeyPatch) -> None:
+def little(thrifty: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Decompositions that spend next to nothing."""
-    quick = dict(pictures=1, heldout=1, steps=2, judged=2, rows=4, pursuits=1, screened=4, probed=1, refined=2, descent=1, batch=2)
     whole = decompose.decompose_concept
 
     def less(*given: object, **options: object) -> Decomposition:
-        return whole(*given, **options | {"settings": quick, "words": 2, "limit": 8})
+        return whole(*given, **options | {"settings": thrifty, "words": 2, "limit": 8})
 
     monkeypatch.setattr(decompose, "decompose_concept", less)
     monkeypatch.setattr(verify, "decompose_concept", less)
     monkeypatch.setattr(verify, "POOL", 8)
 
 
-@pytest.mark.usefixtures("thrifty")
+@pytest.mark.usefixtures("little")
 def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--model", checkpoint, "--size", 64, "--steps", 2, "--seeds", 1)
     out, pool = tmp_path / "out", tmp_path / "pool.txt"
@@ -77,7 +76,7 @@ def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert "zzqqzz" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("thrifty")
+@pytest.mark.usefixtures("little")
 def test_verify_writes_a_page(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--model", checkpoint, "--size", 64, "--steps", 2, "--seeds", 1)
     assert run("verify", *common, "--draws", 2, "--concept", "bird", "--out", tmp_path / "new") == 0
@@ -88,10 +87,14 @@ def test_verify_writes_a_page(run: Run, checkpoint: Path, tmp_path: Path, capsys
 
 
 def test_bench(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(frame, "run", lambda suite, parts, *, processes, say: {"rows": [], "bars": [], "asked": [suite.name, processes]})
+    monkeypatch.setattr(
+        frame, "run", lambda suite, parts, **asked: {"rows": [], "bars": [], "asked": [suite.name, asked["processes"], *asked["shard"]]}
+    )
     path = tmp_path / "new" / "rows.json"
-    assert run("bench", "decompose", "--json", path, "--model", checkpoint, "--processes", 0) == 0
-    assert json.loads(path.read_text("utf-8"))["asked"] == ["decompose", 0]
+    assert run("bench", "decompose", "--json", path, "--model", checkpoint, "--processes", 0, "--shard", "2/3") == 0
+    assert json.loads(path.read_text("utf-8"))["asked"] == ["decompose", 0, 1, 3]
+    assert run("bench", "decompose", "--json", path, "--shard", "3/2") == 1
+    assert "write 2/4 for the second of four" in capsys.readouterr().err
     assert run("bench", "decompose", "--json", path, "--methods", "distilled,magic") == 1
     assert "there is no method magic" in capsys.readouterr().err
 
