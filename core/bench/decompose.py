@@ -457,7 +457,6 @@ def _timed(
         template=TEMPLATE,
         words=words,
         candidates=dictionary,
-        exclude_unsafe=False,
         # What the text method finds costs nothing; its budgets pay for measuring it, which is done here for every method alike.
         budget="fast" if method == "text" else "default",
         settings={} if sampler_steps is None else {"sampler_steps": sampler_steps},
@@ -472,10 +471,10 @@ def _dictionary(model: Model, world: World, out: set[str], decoys: int) -> list[
     """The world's words but for ``out``, then the decoys: words the model was never trained on."""
     import torch
 
-    from ..vocabulary import whole_words
+    from ..vocabulary import is_unsafe, whole_words
 
     known = set(world.tokens)
-    others = [word for word in whole_words(model.text) if word not in known]
+    others = [word for word in whole_words(model.text) if word not in known and not is_unsafe(word)]
     chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(1))[:decoys].tolist()
     return [*(word for word in world.words if word not in out), *(others[i] for i in chosen)]
 

@@ -15,7 +15,7 @@ from ..decompose import Decomposition, decompose_concept
 from ..decompose.task import Budget
 from ..model import Model
 from ..score import mean_interval, wilson
-from ..vocabulary import whole_words
+from ..vocabulary import is_unsafe, whole_words
 from .frame import peak_mb
 from .planted import Planted, plant, recovered
 
@@ -59,7 +59,7 @@ def verify(
     side: of the pictures sampled, in pixels. on_part: hears what is about to be done. Raises whatever ``decompose_concept`` raises.
     """
     start = time.perf_counter()
-    pool = list(model.words or list(whole_words(model.text))[:POOL])
+    pool = list(model.words or [word for word in whole_words(model.text) if not is_unsafe(word)][:POOL])
     cuda = model.denoiser.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.denoiser.device)
@@ -68,9 +68,7 @@ def verify(
         on_part(f"planted mixture {draw + 1} of {draws}")
         planted = plant(model.text, pool, 2 + draw % 3, seed + draw)
         began = time.perf_counter()
-        found = decompose_concept(
-            model, planted.token, words=5, candidates=pool, exclude_unsafe=False, budget=budget, seed=seed + draw, height=side, width=side
-        )
+        found = decompose_concept(model, planted.token, words=5, candidates=pool, budget=budget, seed=seed + draw, height=side, width=side)
         hits, correlation = recovered(planted, found.words, found.shares, pool)
         measured.append(Draw(planted, found, hits, correlation, time.perf_counter() - began))
     found_concepts = []
