@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
-SYNONYM = 0.5
-"""Cosine of two token embeddings, averaged over the text encoders, from which two words count as interchangeable."""
+from ..model import TextEncoder
+from .result import fill
+
+SYNONYM = 0.9
+"""Cosine of two words' conditionings from which they count as interchangeable."""
+_BACKGROUND = 32
 
 
-def clusters(words: Sequence[str], embeddings: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
-    """Groups of two or more of the words, in their order, joined wherever two token embeddings have a cosine of ``SYNONYM`` or more.
+@torch.no_grad()
+def clusters(text: TextEncoder, template: str, words: Sequence[str], pool: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Groups of two or more of the words, in their order, joined wherever the text encoder makes nearly the same of two of them.
 
-    embeddings: per text encoder (words, width). Costs no evals.
+    Compared is the conditioning of the template with each word, as seen from the mean over a few words of the ``pool``: what all prompts
+    of the template share would make any two look alike. (Token embeddings themselves tell little: CLIP's synonyms are hardly nearer to
+    each other than other words are.) Costs no evals, one text encoding a word.
     """
-    cosines = torch.stack([(n := normalize(rows.float().cpu(), dim=1)) @ n.T for rows in embeddings.values()]).mean(0)
-    near = cosines >= SYNONYM
+    spread = torch.linspace(0, len(pool) - 1, min(_BACKGROUND, len(pool))).round().long().tolist()
+    background = text.encode([fill(template, pool[i]) for i in spread]).context.float()
+    offsets = text.encode([fill(template, word) for word in words]).context.float() - background.mean(0)
+    directions = normalize(offsets.flatten(1), dim=1)
+    near = (directions @ directions.T >= SYNONYM).cpu()
     groups: list[list[int]] = []
     for index in range(len(words)):
         joined = [group for group in groups if bool(near[index, group].any())]

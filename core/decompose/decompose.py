@@ -113,7 +113,7 @@ def decompose_concept(
         budget=budget,
         size=(height, width),
         excluded=task.excluded,
-        clusters=clusters(found.words, found.embeddings),
+        clusters=clusters(model.text, template, found.words, list(task.pool)),
         versions={"conceptkit": __version__, "torch": torch.__version__},
     )
 
