@@ -11,7 +11,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-API = Path(__file__).parent / "api"
+API = Path(__file__).resolve().parent / "api"
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -25,17 +25,22 @@ def test_a_workflow_fits_the_nodes_and_its_api_copy(comfy, path):
         kind, copy = info[node["type"]], prompt[str(node["id"])]
         assert copy["class_type"] == node["type"]
         specs = kind["input"].get("required", {}) | kind["input"].get("optional", {})
-        values = iter(node["widgets_values"])
-        for name, spec in specs.items():
-            socket = next((entry for entry in node["inputs"] if entry["name"] == name), None)
-            if socket is not None and "widget" not in socket:
+        for socket in node["inputs"]:
+            if socket.get("link") is not None:
                 _, source, slot, _, _, kind_of = links[socket["link"]]
-                assert copy["inputs"][name] == [str(source), slot]
-                assert kind_of in info[prompt[str(source)]["class_type"]]["output"][slot]
-            elif name in copy["inputs"]:
-                assert copy["inputs"][name] == next(values), f"widget {name} of {node['type']}"
+                assert copy["inputs"][socket["name"]] == [str(source), slot]
+                assert kind_of in ("*", info[prompt[str(source)]["class_type"]]["output"][slot])
+        values, linked = iter(node["widgets_values"]), {socket["name"] for socket in node["inputs"] if socket.get("link") is not None}
+        for name, spec in specs.items():
+            if name in copy["inputs"] and (name not in linked or widget(node, name)):
+                value = next(values)
+                assert name in linked or copy["inputs"][name] == value, f"widget {name} of {node['type']}"
                 if (spec[1] if len(spec) > 1 else {}).get("control_after_generate"):
                     assert next(values) == "fixed", "a shared workflow must give everyone the same picture"
+
+
+def widget(node, name):
+    return next("widget" in socket for socket in node["inputs"] if socket["name"] == name)
 
 
 def test_every_node_is_documented(comfy):
@@ -81,6 +86,22 @@ def test_bad_concepts_fail_with_a_sentence(comfy, inputs, message):
     before = comfy.probe("state")
     assert message in comfy.fail(decompose(comfy, **inputs))
     assert comfy.probe("state") == before
+
+
+@pytest.mark.parametrize("name", ["decompose_adjust", "decompose_embedding", "decompose_list", "decompose_prompts", "word_pictures"])
+def test_the_examples_run(comfy, name):
+    """Their decompositions are computed once for all of them and found again."""
+    prompt = json.loads((API / f"{name}.json").read_text())
+    prompt["1"]["inputs"]["ckpt_name"] = comfy.checkpoint
+    for node in prompt.values():
+        if node["class_type"] == "ConceptKitDecompose":
+            node["inputs"] |= {"budget": "fast", "words": 3}
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = 2
+    outputs = comfy.run(prompt)
+    drawn = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    assert drawn
+    assert all(outputs[key]["images"] for key in drawn)
 
 
 def test_the_example_decomposes_bird_and_draws_it(comfy):

@@ -22,6 +22,7 @@ class Probe(io.ComfyNode):
                 io.Latent.Input("latent", optional=True),
                 io.Conditioning.Input("conditioning", optional=True),
                 io.Custom("CONCEPTKIT_SCORER").Input("scorer", optional=True),
+                io.Custom("CONCEPTKIT_DECOMPOSITION").Input("decomposition", optional=True),
             ],
             outputs=[],
             is_output_node=True,

@@ -71,6 +71,19 @@ def registered(pack, wired):
     return {"known": known.count("ConceptKitShapes"), "first": known[0], "folders": len(folders)}
 
 
+def identity(pack, wired):
+    """What tells the wired model from every other, and how long that took."""
+    start = time.perf_counter()
+    found = pack("nodes.comfy_model").graph_identity(wired["model"], wired["clip"], *([wired["vae"]] if "vae" in wired else []))
+    return {"identity": found, "seconds": time.perf_counter() - start}
+
+
+def other_clip(pack, wired):
+    """Read a decomposition with another model's CLIP."""
+    pack("nodes.decompose").conditioning(wired["decomposition"], narrow_clip(pack))
+    raise AssertionError("accepted")
+
+
 def picture(pack, wired, prompt, negative, seed, steps, guidance, sampler, path):
     """Sample through the pack's host; latents and picture go to a file, with how far a stock latent and conditioning on the wires are."""
     sampling = pack("core.sampling")
@@ -277,3 +290,64 @@ def write_random(sd, path):
                 scale = 0.02 if "embedding" in name else max(tensor.shape[1:].numel(), 1) ** -0.5
                 value = torch.randn(tensor.shape, generator=generator) * scale
             file.write(value.half().numpy().tobytes())
+
+
+def edited(pack, wired, file, lora):
+    """How far the weights of edited models are from W T as worked out here, relative to W, in the compositions that must be exact."""
+    import comfy.utils
+    import folder_paths
+
+    host, edit = pack("nodes.comfy_model"), pack("core.edit").ContextEdit.load(folder_paths.get_full_path("conceptkit_edits", file))
+    model = wired["model"]
+    original = {key: weight.clone() for key, weight in model.model.state_dict().items() if "attn2.to_k" in key or "attn2.to_v" in key}
+    transform = torch.eye(edit.width) + edit.context.u @ edit.context.v.T
+    sd = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", lora))
+    up, down = (sd[next(key for key in sd if part in key)] for part in ("lora_up", "lora_down"))
+    touched = host.GraphCrossAttention(model).keys["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"]
+    with_lora = comfy.sd.load_lora_for_models(model, None, sd, 1.0, 0.0)[0]
+    delta = {key: up @ down if key == touched else torch.zeros(()) for key in original}
+
+    def far(patcher, wanted):
+        """The largest relative distance of what is really loaded from what is wanted."""
+        comfy.model_management.load_models_gpu([patcher])
+        live = patcher.model.state_dict()
+        return max(float((live[key] - wanted(key)).norm() / original[key].norm()) for key in original)
+
+    found = {"layers": len(original), "moved": far(model, lambda key: original[key] @ transform)}
+    patched = host.patch_model(model, edit)
+    found["patched"] = far(patched, lambda key: original[key] @ transform)
+    found["lora then edit"] = far(host.patch_model(with_lora, edit), lambda key: (original[key] + delta[key]) @ transform)
+    after = comfy.sd.load_lora_for_models(patched, None, sd, 1.0, 0.0)[0]
+    found["edit then lora"] = far(after, lambda key: original[key] @ transform + delta[key])
+    found["twice"] = far(host.patch_model(patched, edit), lambda key: original[key] @ transform @ transform)
+    half = (torch.eye(edit.width) + transform) / 2
+    found["half"] = far(host.patch_model(model, edit.scale(0.5)), lambda key: original[key] @ half)
+    # Another clone is loaded, so the live weights are not the base's.
+    comfy.model_management.load_models_gpu([with_lora])
+    found["beside another clone"] = far(host.patch_model(model, edit), lambda key: original[key] @ transform)
+    doubled = model.clone()
+    doubled.add_weight_wrapper(touched, lambda weight: weight * 2)
+    seen = dict(host.GraphCrossAttention(doubled).key_values())
+    paths = {key: path for path, key in host.GraphCrossAttention(model).keys.items()}
+    found["wrapped"] = float((seen[paths[touched]] - 2 * original[touched]).abs().max())
+    comfy.model_management.load_models_gpu([with_lora])
+    with_lora.partially_unload(with_lora.offload_device, 1e12)
+    lazily = dict(host.GraphCrossAttention(with_lora).key_values())
+    found["lowvram"] = max(float((lazily[paths[key]] - original[key] - delta[key]).abs().max()) for key in original)
+    return found
+
+
+def interrupted_edit(pack, wired):
+    """Interrupt while an edit is solved."""
+    from server import PromptServer
+
+    progress = pack("nodes.comfy_model").Progress(None)
+
+    def on_step(step, total, metrics):
+        comfy.model_management.interrupt_current_processing()
+        progress(step, total, metrics)
+
+    assert PromptServer.instance is not None
+    with pack("nodes.comfy_model").graph_reading(wired["model"], wired["clip"]) as host:
+        pack("core.edit").solve_edit(host, ["circle -> square"], on_step=on_step)
+    raise AssertionError("not interrupted")
