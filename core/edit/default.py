@@ -42,7 +42,7 @@ class Settings:
     """What the method weighs. Weights are relative to one prompt's sum over positions.
 
     last, end, padding: of a concept's positions. frames: prompts with other words. looked_at: words near a concept that may go with it,
-    replace it, or stay; synonym: those at most so far from it, as a share of what it says, go with it; near: weight of the ``siblings``
+    replace it, or stay; synonym: those at most so far from it, as a share of what it says, go with it; apart: those at least so far may be read in its place; near: weight of the ``siblings``
     next nearest that stay. keep: weight of a word to keep. ridge: relative to the captions' mean size. target, budget: the weight of
     captions is the largest that leaves ``target`` of a concept, unless captions change by more than ``budget``. derived, rounds: weight
     and rounds of derived columns. null: directions of the empty prompt that are exact. subspace: directions a concept that ``hard``
@@ -55,6 +55,7 @@ class Settings:
     frames: int = 24
     looked_at: int = 48
     synonym: float = 0.33
+    apart: float = 0.75
     siblings: int = 8
     near: float = 0.02
     keep: float = 0.2
@@ -159,7 +160,8 @@ def _target(job: Job, concept: Concept, settings: Settings) -> _Target:
     others = sorted((word for word in words if distances[word] > settings.synonym and word not in kept), key=distances.__getitem__)
     anchor = concept.replacement
     if anchor is None:
-        anchor = _least_cost(job, concept, others[: settings.looked_at // 2], settings) if others else ""
+        apart = [word for word in others if distances[word] >= settings.apart][: settings.looked_at // 2]
+        anchor = _least_cost(job, concept, apart, settings) if apart else ""
     siblings = [word for word in others if word != anchor][: settings.siblings]
     return _Target(concept, synonyms, anchor, tuple(siblings))
 
