@@ -126,24 +126,24 @@ def model_shares(model: Model, world: World, count: int, settings: Settings, *, 
 def card(
     model: Model, world: World, settings: Settings, *, accuracy_count: int, share_count: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All figures of the model card. ``say`` hears the plan and then each figure."""
+    """The figures of the model card; a count of 0 leaves its part out. ``say`` hears the plan and then each figure."""
     words = sum((len(w.make_up) > 1 or "beside" in w.make_up[0][1]) and w.synonym_of is None for w in world.words.values())
     total = accuracy_count * len(TASKS) + share_count * words
     say(f"planned: {total} pictures, {total * settings.steps * 2} evals")
-    rows: dict[str, Any] = {}
-    for task in TASKS:
-        rows[task] = accuracy(model, task, accuracy_count, settings)
-        say(f"{task}: {rows[task]}")
-    shares = model_shares(model, world, share_count, settings)
-    for text, row in shares.items():
-        say(f"{text}: training {np.round(row['training'], 2)}, model {np.round(row['model'], 2)}, other {row['other']:.2f}")
-    return {
+    figures: dict[str, Any] = {
         "world": world.name,
         "sampling": {"sampler": settings.sampler, "steps": settings.steps, "guidance": settings.guidance},
-        "detectors": detect.agreement(world, 1000, seed=1),
-        "accuracy": rows,
-        "shares": shares,
     }
+    if accuracy_count:
+        figures |= {"detectors": detect.agreement(world, 1000, seed=1), "accuracy": {}}
+        for task in TASKS:
+            figures["accuracy"][task] = accuracy(model, task, accuracy_count, settings)
+            say(f"{task}: {figures['accuracy'][task]}")
+    if share_count:
+        figures["shares"] = model_shares(model, world, share_count, settings)
+        for text, row in figures["shares"].items():
+            say(f"{text}: training {np.round(row['training'], 2)}, model {np.round(row['model'], 2)}, other {row['other']:.2f}")
+    return figures
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
@@ -185,8 +185,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo", help="demo, or a checkpoint in its layout")
-    parser.add_argument("--pictures", type=int, default=512, help="pictures per accuracy figure")
-    parser.add_argument("--per-word", type=int, default=4096, help="pictures per word for the model shares")
+    parser.add_argument("--pictures", type=int, default=512, help="pictures per accuracy figure; 0 keeps those in --out")
+    parser.add_argument("--per-word", type=int, default=4096, help="pictures per word for the model shares; 0 keeps those in --out")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=32)
@@ -194,6 +194,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     parser.add_argument("--tables", type=Path, help="Markdown file of the same figures")
     options = parser.parse_args()
+    if not (options.pictures and options.per_word) and not (options.out and options.out.exists()):
+        parser.error("a part can only be left out where --out names a file that holds it")
     settings = Settings(steps=options.steps, guidance=options.guidance, batch=options.batch)
 
     def say(line: str) -> None:
@@ -208,6 +210,8 @@ def main() -> None:
         say=say,
     )
     if options.out:
+        if not (options.pictures and options.per_word):
+            figures = json.loads(options.out.read_text(encoding="utf-8")) | figures
         options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if options.tables:
         options.tables.write_text(markdown(figures), encoding="utf-8")
