@@ -1,6 +1,6 @@
-"""Text decomposition: the concept's own token embeddings as a sparse non-negative sum of other words' embeddings.
+"""Text decomposition: a sparse non-negative sum of other words that is nearest to the concept by the text encoder alone.
 
-It asks the vocabulary, not the model that draws: nothing is sampled to find the words. A baseline, and a start for other methods.
+It asks the text encoder, not the model that draws: nothing is sampled to find the words. A baseline, and a start for other methods.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..model import Conditioning
 from ..vocabulary import STOP_WORDS, WORD_END, embeddings
 from .fidelity import measure, picture_seeds, sampled_states
 from .mixture import Mixture
-from .result import Decomposition
+from .result import Decomposition, fill
 from .sparse import PENALTIES, sparse_solutions
 from .task import Tally, Task
 
@@ -37,10 +38,19 @@ BUDGETS: Mapping[str, Settings] = MappingProxyType(
 
 
 def decompose_text(task: Task) -> Decomposition:
-    """The sparse code of the concept's own embeddings (`text_code`) as a decomposition, measured like any other where that is paid for."""
+    """The sparse code of the concept's token embeddings (`text_code`) or of its encoded prompt (`prompt_code`), as a decomposition.
+
+    Taken is the one whose mixture, put in the template, is encoded nearer to the concept's prompt. It is measured like any other
+    decomposition where the budget pays for that.
+    """
     options = task.choose(BUDGETS)
     mixture = Mixture.of(task.model, task.template, task.pool)
-    code = text_code(task)
+    codes = {"token embeddings": text_code(task), "encoded prompts": prompt_code(task)}
+    teacher = _means(task.teacher)
+    with torch.no_grad():
+        missed = {space: float((_means(mixture.encode(code[None])) - teacher).norm()) for space, code in codes.items()}
+    space = min(missed, key=missed.__getitem__)
+    code = codes[space]
     order = code.argsort(descending=True, stable=True)[: int((code > 0).sum())]
     chosen, alpha = mixture.choose(order), code[order] / code.sum()
     seeds = picture_seeds(torch.Generator().manual_seed(task.seed), options.heldout)
@@ -71,6 +81,7 @@ def decompose_text(task: Task) -> Decomposition:
         evals=tally.evals,
         calls=tally.calls,
         model=task.model.name,
+        selected=f"the text encoder: the code of the {space}",
     )
 
 
@@ -86,10 +97,34 @@ def text_code(task: Task) -> Tensor:
     scale = {name: float(rows.norm(dim=1).mean()) for name, rows in pool.items()}
     atoms = torch.cat([rows.double().cpu() / scale[name] for name, rows in pool.items()], dim=1)
     target = torch.cat([normalize(own[name].double().cpu(), dim=1).sum(0) for name in pool])
+    return _nearest(task, atoms, target)
+
+
+@torch.no_grad()
+def prompt_code(task: Task, chunk: int = 64) -> Tensor:
+    """Weights (pool,) like those of `text_code`, by what the text encoder makes of whole prompts.
+
+    Atoms are the encoded template with each word, the target that with the concept, all as means over the positions (a phrase moves what
+    follows it) and as seen from the mean atom. Costs no evals, one text encoding a candidate.
+    """
+    words = list(task.pool)
+    prompts = [[fill(task.template, word) for word in words[start : start + chunk]] for start in range(0, len(words), chunk)]
+    atoms = torch.cat([_means(task.model.text.encode(part)) for part in prompts])
+    return _nearest(task, atoms - atoms.mean(0), (_means(task.teacher) - atoms.mean(0))[0])
+
+
+def _means(conditioning: Conditioning) -> Tensor:
+    """Each context's mean over its positions, (batch, width), double, CPU."""
+    return conditioning.context.float().mean(1).cpu().double()
+
+
+def _nearest(task: Task, atoms: Tensor, target: Tensor) -> Tensor:
+    """The sparse non-negative combination of atoms (pool, width) at the smallest angle to ``target`` (width,); one word at least."""
     count = min(task.words, len(atoms))
-    found = [solution for _, solution in sparse_solutions(atoms.T.contiguous(), target, count, PENALTIES)]
+    found = [x for _, x in sparse_solutions(atoms.T.contiguous(), target, count, PENALTIES)] if bool(atoms.any()) else []
     if not found:
-        raise ValueError(f"no candidate word lies in the direction of {task.name!r}: give other candidates, or choose another method")
+        nearest = (normalize(atoms, dim=1) @ target).argmax()
+        return torch.zeros(len(atoms)).index_fill(0, nearest, 1.0)
     cosines = torch.stack([normalize(solution.double() @ atoms, dim=0) @ target for solution in found])
     return found[int(cosines.argmax())]
 

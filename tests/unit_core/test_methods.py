@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.decompose import METHODS, Decomposition, decompose_concept
 from conceptkit.core.decompose.clusters import clusters
 from conceptkit.core.decompose.conceptor import BUDGETS, Network, strongest
+from conceptkit.core.decompose.task import Task
+from conceptkit.core.decompose.text import text_code
 from conceptkit.core.model import Conditioning, Model, NonFinite, OutOfMemory, Slot, UnsupportedModel
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
@@ -29,12 +32,17 @@ SMALL: Mapping[str, Mapping[str, float]] = {
 method = pytest.mark.parametrize("method", METHODS)
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Text:
-    """Each encoder's context is a fixed non-linear function of its token embeddings and their places."""
+    """Each encoder's context is a fixed non-linear function of its token embeddings."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.vocabulary = {f"{word}</w>": index for index, word in enumerate(["a", "photo", "of", *NAMES])}
@@ -56,7 +64,8 @@ class Text:
                 ]
                 parts = [part if part.ndim == 3 else part[None] for part in parts]
                 batch = max(len(part) for part in parts)
-                states = torch.tanh(2 * torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1) @ self.layers[name])
+                x = torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+                states = torch.tanh(2 * x @ self.layers[name])
                 per_encoder.append(torch.cat([states, states.new_zeros(batch, 8 - states.shape[1], 8)], dim=1))
             rows.append(torch.cat(per_encoder, dim=-1))
         return Conditioning(torch.cat(rows))
@@ -283,8 +292,25 @@ def test_text_reads_every_word_of_a_phrase_but_the_small_ones() -> None:
     assert isinstance(model.text, Text)
     model.text.tables["l"][model.text.vocabulary["wab</w>"]] = model.text.tables["l"][model.text.vocabulary["waa</w>"]] + 0.01
     model.text.tables["l"][model.text.vocabulary["wad</w>"]] = model.text.tables["l"][model.text.vocabulary["wac</w>"]] + 0.01
-    alone = take_apart(model, "text", "waa of wac", words=2, budget="fast", settings={})
-    assert set(alone.words) == {"wab", "wad"} and alone.shares == pytest.approx((0.5, 0.5), abs=0.1)
+    pool = {word: model.text.vocabulary[f"{word}</w>"] for word in NAMES if word not in ("waa", "wac")}
+    teacher, empty = model.text.encode(["a photo of a waa of wac"]), model.text.encode([""])
+    task = Task(model, "waa of wac", "waa of wac", "a photo of a {}", 2, pool, "", teacher, empty, None, 4, 4)
+    code = text_code(task)
+    assert {word for word, weight in zip(pool, code.tolist(), strict=True) if weight > 0.3} == {"wab", "wad"}
+    assert float(code.sum()) == pytest.approx(1) and int((code > 0).sum()) == 2
+
+
+def test_text_prefers_what_the_encoder_takes_for_the_concept() -> None:
+    """A word whose embedding lies apart from the concept's but which the encoder reads as the same is found through encoded prompts."""
+    model = world()
+    assert isinstance(model.text, Text)
+    table, layer = model.text.tables["l"], model.text.layers["l"]
+    layer[12:] = 0  # the encoder reads the first 12 numbers alone, and the synonym differs in the other 4 only
+    index, synonym = (model.text.vocabulary[f"{word}</w>"] for word in ("waa", "wan"))
+    table[index] = torch.cat([0.6 * normalize(table[index, :12], dim=0), 0.8 * normalize(table[index, 12:], dim=0)])
+    table[synonym] = torch.cat([table[index, :12], -table[index, 12:]])
+    found = take_apart(model, "text", words=2, budget="fast", settings={})
+    assert found.words[0] == "wan" and "encoded prompts" in found.selected
 
 
 def test_words_the_encoder_takes_for_the_same_are_named_together() -> None:
