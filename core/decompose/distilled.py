@@ -7,265 +7,251 @@ sum_s ||eps(x_s, alpha) - eps(x_s, concept)||^2 carries no noise and vanishes wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from ..artifact import ArtifactError, Header, Spec, content_hash, read, write
 from ..model import Conditioning
-from .fidelity import by_level, explained
-from .mixture import Mixture, SimplexDescent
-from .result import RELIABLE_R2, Attempt, Decomposition, Fidelity, fill
-from .sparse import proposals, small_nnls, sparse_solutions
-from .states import States, distances, harvest
-from .task import Task
+from .fidelity import explained, measure, picture_seeds, sampled_states
+from .mixture import Mixture
+from .result import RELIABLE_R2, Attempt, Decomposition
+from .sparse import small_nnls
+from .states import States, distances
+from .surrogate import Surrogate, find, flat, with_gauge
+from .task import Tally, Task
+from .text import text_code
 
 logger = logging.getLogger(__name__)
 
-
-ENOUGH = 0.95
-"""R2 on the judged states at which no further search is made."""
-_SECANT_PENALTIES = (0.3, 0.1, 0.03, 0.01)
+ENOUGH = 0.9
+"""R2 on the judged states at which no other way is tried."""
+_PULL = 0.25
+_PREDICTION_WEIGHT, _EMBEDDING_WEIGHT, _FLOOR = 12.0, 64.0, 1e-3
+_ONE_WORD = "one word"
+_CHECKPOINT = "conceptkit-distilled-checkpoint"
 
 
 @dataclass(frozen=True)
 class Settings:
     """How much is spent, in states and samples.
 
-    pictures, heldout: sampled for the fit and for measuring; steps, guidance: the sampler's. judged: states by which proposals are
-    compared. rows: random projections of the linearisation at the concept (3 evals each). pursuits: searches along secants, each of
-    ``screened`` words at ``probed`` states. refined: states of a Gauss-Newton step on the chosen words. descent: gradient steps of
-    ``batch`` states, taken only where everything else explains the concept poorly.
+    pictures, heldout: sampled for the fit and for measuring, 2 evals a step; steps, guidance: the sampler's. rows: random projections
+    that linearise the model at the concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself compares, on
+    ``judged`` states. refined: states of the Gauss-Newton step on the chosen weights. again: how often the model is linearised anew, at
+    the best words so far, where these explain too little.
     """
 
-    pictures: int = 4
-    heldout: int = 2
-    steps: int = 12
+    pictures: int = 8
+    heldout: int = 3
+    steps: int = 10
     guidance: float = 4.0
-    judged: int = 8
-    rows: int = 96
-    pursuits: int = 3
-    screened: int = 48
-    probed: int = 4
-    refined: int = 6
-    descent: int = 60
+    rows: int = 160
     batch: int = 8
+    finalists: int = 4
+    judged: int = 16
+    refined: int = 8
+    again: int = 1
 
 
-BUDGETS: Mapping[str, Settings] = MappingProxyType({"default": Settings()})
+BUDGETS: Mapping[str, Settings] = MappingProxyType(
+    {
+        "fast": Settings(pictures=4, heldout=2, steps=8, rows=96, finalists=3, judged=10, refined=5, again=0),
+        "default": Settings(),
+        "thorough": Settings(pictures=16, heldout=4, steps=16, rows=400, finalists=8, judged=48, refined=16, again=2),
+    }
+)
 """What may be spent, by name."""
 
 
 def decompose_distilled(task: Task) -> Decomposition:
-    """Take the task's concept apart by matching the model's own predictions for it; ``Decomposition.r2`` says how far that got."""
+    """Take the task's concept apart by matching the model's own predictions for it; ``Decomposition.r2`` says how far that got.
+
+    With ``task.checkpoint``, what was paid for is kept there, and a stopped run goes on from it to the result it would have had; the file
+    goes when the result is there. Raises ArtifactError for a checkpoint of other inputs, ValueError for a concept that the model ignores.
+    """
     return _Fit(task, task.choose(BUDGETS)).run()
+
+
+def evidence(missed: float, cosine: float, words: int, candidates: int) -> float:
+    """How well ``words`` out of ``candidates`` account for a concept, in nats; only differences mean anything.
+
+    missed: 1 - R2. cosine: between the mixture and the concept's own embedding, 0 if unknown. Likelihoods of Gaussian errors of unknown
+    size, as of 12 independent numbers that the predictions and 64 that the embedding contribute, less log ``candidates`` for naming each
+    word: a word must pay for itself, and where predictions hardly tell two sets apart, the embedding does. Chance cosines count little,
+    as log(1 - cosine^2) is flat near 0.
+    """
+    return (
+        -0.5 * _PREDICTION_WEIGHT * math.log(max(missed, 0) + _FLOOR)
+        - 0.5 * _EMBEDDING_WEIGHT * math.log(1 - min(cosine, 1) ** 2 + _FLOOR)
+        - words * math.log(candidates)
+    )
+
+
+@dataclass
+class _Progress:
+    """What has been paid for: everything that the continuation depends on."""
+
+    states: States | None = None
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    attempts: list[tuple[str, float]] = field(default_factory=list)
+    alphas: list[Tensor] = field(default_factory=list)
 
 
 class _Fit:
     """One decomposition under way."""
 
-    def __init__(self, task: Task, settings: Settings) -> None:
-        self.task, self.model, self.settings, self.seed = task, task.model, settings, task.seed
+    def __init__(self, task: Task, options: Settings) -> None:
+        self.task, self.model, self.options = task, task.model, options
         self.mixture = Mixture.of(task.model, task.template, task.pool)
-        self.teacher, self.empty, self.own, self.on_step = task.teacher, task.empty, task.token, task.on_step
-        self.evals, self.calls = self.model.meter.evals, self.model.meter.calls
-        self.generator = torch.Generator().manual_seed(task.seed)
-        pictures = settings.pictures + settings.heldout
-        pursuit = 3 * settings.judged + settings.probed * (settings.screened + 6) + 16 * settings.judged
-        self._planned = 2 * pictures * settings.steps + 3 * settings.rows + settings.pursuits * pursuit + 60 * settings.refined
+        self.count = min(task.words, len(self.mixture))
+        self.seeds = picture_seeds(self._generator(0), options.pictures + options.heldout)
+        self.token: Tensor | None = None
+        if task.token is not None:
+            self.token = torch.cat([normalize(task.token[name][0].cpu().double(), dim=0) for name in self.mixture.embeddings])
+        harvested = 2 * len(self.seeds) * options.steps
+        judging = options.judged * (options.finalists + 5) + options.refined * (self.count + 1)
+        self.planned = harvested + 3 * options.rows + judging + options.heldout * options.steps * (1 + self.count)
+        self.progress, evals, calls = self._resume()
+        self.tally = Tally(task, self.planned, evals, calls)
 
     def run(self) -> Decomposition:
-        options, concept = self.settings, self.task.name
-        seeds = torch.randint(2**31, (options.pictures + options.heldout,), generator=self.generator).tolist()
-        states = harvest(
-            self.model,
-            self.teacher,
-            self.empty,
-            seeds,
-            height=self.task.height,
-            width=self.task.width,
-            steps=options.steps,
-            guidance=options.guidance,
-            on_step=self._report,
-        )
+        options, task, progress = self.options, self.task, self.progress
+        if progress.states is None:
+            progress.states = sampled_states(task, self.seeds, options.steps, options.guidance, self.tally.report)
+            self._save()
+        states = progress.states
         fitted, heldout = states[states.picture < options.pictures], states[states.picture >= options.pictures]
-        if not float(states.gap.sum()) > 0:
-            raise ValueError(
-                f"the model ignores {concept!r}: its predictions equal those of the empty prompt, so there is nothing to explain"
-            )
-        judged = fitted[self._draw(fitted, options.judged)]
-        count = min(self.task.words, len(self.mixture))
-        attempts: list[Attempt] = []
-        best: tuple[float, Tensor] | None = None
-        for start, alpha in self._solutions(fitted, judged, count):
-            r2 = self._r2(heldout, alpha)
-            attempts.append(Attempt(start, r2, kept=False))
-            if best is None or r2 > best[0]:
-                best = (r2, alpha)
-            if best[0] >= RELIABLE_R2:
-                break
-            logger.info("%s: R2 %.3f on held-out pictures; trying another way", start, r2)
-        assert best is not None
-        every, alpha = best
-        attempts = [Attempt(a.start, a.r2, kept=a.r2 == every) for a in attempts]
-        alpha = self._fewest(fitted, judged, alpha)
-        per_state = distances(self.model, heldout, self.mixture.encode(alpha[None]))
-        order = alpha.argsort(descending=True)[: int((alpha > 0).sum())]
-        importance = tuple(self._importance(heldout, alpha, order, explained(per_state, heldout)))
-        chosen, final = self.mixture.choose(order), alpha[order] / alpha.sum()
-        fidelity = Fidelity(explained(per_state, heldout), self._r2(judged, alpha), by_level(per_state, heldout), every)
-        evals, calls = self.model.meter.evals - self.evals, self.model.meter.calls - self.calls
-        self.on_step(evals, evals, {"r2": fidelity.heldout})
+        judged = fitted[self._draw(fitted, options.judged, self._generator(1))]
+        while (start := self._next()) is not None:
+            alpha = self._single(judged) if start == _ONE_WORD else self._searched(fitted, judged)
+            r2 = self._r2(judged, alpha)
+            progress.attempts.append((start, r2))
+            progress.alphas.append(alpha)
+            self._save()
+            if r2 < ENOUGH:
+                logger.info("%s: R2 %.3f with %d words", start, r2, int((alpha > 0).sum()))
+        return self._finish(judged, heldout)
+
+    def _next(self) -> str | None:
+        """The way to try next, or None to stop: linearise anew while the best explains too little; lastly look at single words."""
+        tried = self.progress.attempts
+        if not tried:
+            return "linearised"
+        best = max(r2 for _, r2 in tried)
+        if best >= ENOUGH or tried[-1][0] == _ONE_WORD:
+            return None
+        if len(tried) <= self.options.again:
+            return "linearised again"
+        return _ONE_WORD if best < RELIABLE_R2 else None
+
+    def _finish(self, judged: States, heldout: States) -> Decomposition:
+        options, task, attempts = self.options, self.task, self.progress.attempts
+        ranked = sorted(range(len(attempts)), key=lambda i: -attempts[i][1])
+        kept = ranked[0]
+        if attempts[kept][1] < RELIABLE_R2:  # poor on the states fitted: then pictures not fitted decide
+            kept = max(ranked, key=lambda i: self._r2(heldout, self.progress.alphas[i]))
+        weights = self.progress.alphas[kept]
+        order = weights.argsort(descending=True, stable=True)[: int((weights > 0).sum())]
+        chosen, alpha = self.mixture.choose(order), weights[order] / weights.sum()
+        fidelity, importance = measure(chosen, alpha, heldout, self.tally.report)
+        evals, calls = self.tally.evals, self.tally.calls
+        if task.checkpoint is not None:
+            task.checkpoint.unlink(missing_ok=True)
+        self.tally.finish({"r2": fidelity.heldout})
         return Decomposition(
-            concept=concept,
+            concept=task.name,
             template=chosen.template,
             words=chosen.words,
             ids=chosen.ids,
-            alpha=final,
+            alpha=alpha,
             importance=importance,
-            fidelity=fidelity,
+            fidelity=replace(fidelity, fitted=attempts[kept][1]),
             embeddings=chosen.embeddings,
             norms=chosen.norms,
             method="distilled",
-            seed=self.seed,
-            seeds=tuple(seeds[: options.pictures]),
-            heldout_seeds=tuple(seeds[options.pictures :]),
+            seed=task.seed,
+            seeds=tuple(self.seeds[: options.pictures]),
+            heldout_seeds=tuple(self.seeds[options.pictures :]),
             settings={name: float(value) for name, value in vars(options).items()},
             candidates=len(self.mixture),
-            attempts=tuple(attempts),
+            attempts=tuple(Attempt(start, r2, kept=i == kept) for i, (start, r2) in enumerate(attempts)),
             evals=evals,
             calls=calls,
             model=self.model.name,
         )
 
-    def _report(self, step: int = 0, total: int = 0, metrics: Mapping[str, float] | None = None) -> None:
-        spent = self.model.meter.evals - self.evals
-        self.on_step(min(spent, self._planned - 1), self._planned, metrics or {})
+    def _generator(self, stage: int) -> torch.Generator:
+        """Randomness of one stage, the same whether or not the stages before it ran in this process."""
+        return torch.Generator().manual_seed((self.task.seed + (stage << 48)) % 2**63)
 
-    def _draw(self, states: States, count: int) -> Tensor:
-        """Distinct states, mostly where the concept matters most."""
+    def _weights(self, states: States) -> Tensor:
+        """Probabilities of the states: mostly where the concept matters most."""
         gap = states.gap.cpu()
-        weight = 0.8 * gap / gap.sum() + 0.2 / len(gap)
-        return torch.multinomial(weight, min(count, len(gap)), generator=self.generator).to(states.x.device)
+        return 0.8 * gap / gap.sum() + 0.2 / len(gap)
 
-    def _solutions(self, fitted: States, judged: States, count: int) -> Iterator[tuple[str, Tensor]]:
-        """Weights of at most ``count`` words, by one way after another for as long as the caller is not content."""
-        best, reached, wanted = self._linearised(fitted, judged, count)
+    def _draw(self, states: States, count: int, generator: torch.Generator) -> Tensor:
+        """Distinct states."""
+        return torch.multinomial(self._weights(states), min(count, len(states)), generator=generator).to(states.x.device)
+
+    def _searched(self, fitted: States, judged: States) -> Tensor:
+        """The best weights under the model linearised at the concept, and at the best words of every attempt before this one."""
+        progress, known = self.progress, len(self.progress.alphas)
+        while len(progress.rows) <= known:
+            at = self.task.teacher
+            if progress.rows:
+                with torch.no_grad():
+                    at = self.mixture.encode(progress.alphas[len(progress.rows) - 1][None])
+            progress.rows.append(self._rows(fitted, at, self._generator(2 + len(progress.rows))))
+            self._save()
+        rows, offsets = (torch.cat(parts) for parts in zip(*progress.rows, strict=True))
+        empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
+        surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
         even = torch.full((len(self.mixture),), 1 / len(self.mixture))
-        alpha, method = even, "linearised"
-        for _ in range(self.settings.pursuits):
-            if reached >= ENOUGH:
-                break
-            alpha, score = self._pursue(fitted, judged, alpha, wanted, count)
-            if score > reached:
-                best, reached, method = alpha, score, "secants"
-        yield method, self._refine(fitted, judged, best)
-        yield "descent", self._refine(fitted, judged, _strongest(self._descend(fitted, even), count))
+        near = progress.alphas or [text_code(self.task)]
+        found = find(surrogate, [even, *progress.alphas], near, self.count, _PULL, self._pulse)
+        found, scores = surrogate.polish(found[self._ranked(surrogate, found, surrogate.r2(found))[: 3 * self.options.finalists]])
+        finalists = found[self._ranked(surrogate, found, scores)[: self.options.finalists]]
+        best = finalists[self._ranked(surrogate, finalists, self._judge(judged, finalists))[0]]
+        return self._refine(fitted, judged, best)
 
-    def _linearised(self, fitted: States, judged: States, count: int) -> tuple[Tensor, float, Tensor]:
-        """The best sparse solution of the model's linearisation at the concept's own token, its R2, and how much each word was wanted.
+    def _ranked(self, surrogate: Surrogate, alphas: Tensor, r2: Tensor) -> list[int]:
+        """Rows of alphas by falling evidence."""
+        cosines, sizes = surrogate.cosine(alphas).tolist(), (alphas > 0).sum(1).tolist()
+        scores = [evidence(1 - r, c, n, len(self.mixture)) for r, c, n in zip(r2.tolist(), cosines, sizes, strict=True)]
+        return sorted(range(len(scores)), key=lambda i: -scores[i])
 
-        Exact where the concept is a mixture of few words, for then the equations hold however far off the words are.
+    def _rows(self, states: States, at: Conditioning, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The model linearised at a conditioning: rows (n, size) and offsets (n,) of a `Surrogate`, not yet scaled.
+
+        Each is a random projection v of one state's residual; divided by the root of the state's probability, so that sum y^2 estimates
+        the sum over all states.
         """
-        rows, values = self._rows(fitted, self.own if self.own is not None else self._nearest_token())
-        atoms = torch.cat([e.cpu() for e in self.mixture.embeddings.values()], dim=1)
-        token = None if self.own is None else torch.cat([self.own[name][0].detach().cpu() for name in self.mixture.embeddings])
-        found, wanted = proposals(rows, values, atoms, token, count)
-        options = torch.stack(found)
-        options = options[self._judge(judged[:3], options).topk(min(4, len(options))).indices]
-        scores = self._judge(judged, options)
-        best, reached = options[int(scores.argmax())], float(scores.max())
-        if reached < ENOUGH:
-            best = self._refine(fitted, judged, best, rounds=1)
-            reached = float(self._judge(judged, best[None])[0])
-        return best, reached, wanted
-
-    def _pursue(self, fitted: States, judged: States, alpha: Tensor, wanted: Tensor, count: int) -> tuple[Tensor, float]:
-        """The best sparse solution of what the model shows half-way from ``alpha`` to each of the promising words, and its R2.
-
-        Secants this long see past the curvature that makes a gradient misleading: they ask what a word does to the picture.
-        """
-        present = _strongest(alpha, count).nonzero()[:, 0]
-        support = torch.tensor(sorted({*self._promising(fitted, alpha, wanted), *present.tolist()}))
-        states = fitted[self._draw(fitted, self.settings.probed)]
-        system, target = self._secants(states, alpha, support, 0.5)
-        reduced = torch.linalg.qr(system)
-        options = torch.zeros(0, len(alpha))
-        for _, solution in sparse_solutions(reduced.R, reduced.Q.T @ target, count, _SECANT_PENALTIES):
-            full = torch.zeros_like(alpha)
-            full[support] = solution
-            options = torch.cat([options, full[None], _strongest(0.5 * alpha + 0.5 * full, count)[None]])
-        if not len(options):
-            return _strongest(alpha, count), -torch.inf
-        best = self._refine(fitted, judged, options[int(self._judge(judged, options).argmax())], rounds=1)
-        return best, float(self._judge(judged, best[None])[0])
-
-    def _promising(self, fitted: States, alpha: Tensor, wanted: Tensor) -> list[int]:
-        """Words towards which the loss falls fastest from ``alpha``, and as many wanted ones; all of them if they are few."""
-        if len(alpha) <= self.settings.screened + self.settings.screened // 2:
-            return list(range(len(alpha)))
-        batch = fitted[self._draw(fitted, self.settings.judged)]
-        variable = alpha.clone().requires_grad_()
-        with torch.enable_grad():
-            x0 = self.model.denoise(batch.x, batch.sigma, self.mixture.encode(variable[None]))
-            loss = batch.distance(x0).sum()
-        half = self.settings.screened // 2
-        falling = torch.autograd.grad(loss, variable)[0].cpu().argsort()[:half]
-        return [*falling.tolist(), *wanted.argsort(descending=True)[:half].tolist()]
-
-    def _secants(self, states: States, alpha: Tensor, support: Tensor, bump: float) -> tuple[Tensor, Tensor]:
-        """Equations system @ weights = target for the weights of ``support`` under which the model agrees with the teacher.
-
-        Columns are differences of the model between alpha + bump * word and alpha. Predictions do not change with the scale of
-        alpha, so the differential of the prediction vanishes along alpha and the sum of the weights gets an equation of its own.
-        """
-        probes = torch.cat([alpha[None], alpha + bump * torch.eye(len(alpha))[support]])
-        with torch.no_grad():
-            conditioning = self.mixture.encode(probes)
-            noise = []
-            for index in range(len(probes)):
-                x0 = self.model.denoise(states.x, states.sigma, _row(conditioning, index))
-                noise.append(((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1)).flatten().cpu().double())
-                self._report()
-        jacobian = (torch.stack(noise[1:]) - noise[0]).T / bump
-        gauge = jacobian.norm() / len(support) ** 0.5
-        return torch.cat([jacobian, gauge.expand(1, len(support))]), torch.cat([-noise[0], gauge[None]])
-
-    def _nearest_token(self, steps: int = 200) -> dict[str, Tensor]:
-        """The free token whose conditioning is nearest to that of a concept of several tokens; costs no evals."""
-        token = {name: rows.mean(0, keepdim=True).requires_grad_() for name, rows in self.mixture.embeddings.items()}
-        optimizer = torch.optim.Adam(list(token.values()), lr=0.02 * min(self.mixture.norms.values()))
-        for _ in range(steps):
+        rows, offsets = [], []
+        chance = self._weights(states)
+        for start in range(0, self.options.rows, self.options.batch):
+            size = min(self.options.batch, self.options.rows - start)
+            picked = torch.multinomial(chance, size, replacement=True, generator=generator)
+            batch = states[picked.to(states.x.device)]
+            signs = (torch.randint(2, batch.x.shape, generator=generator) * 2.0 - 1).to(batch.x.device)
+            variable = at.map(lambda t, size=size: t.detach().expand(size, *t.shape[1:]).clone().requires_grad_())  # type: ignore[misc]
             with torch.enable_grad():
-                loss = (self.model.text.encode([fill(self.mixture.template, [token])]).context - self.teacher.context).square().sum()
-            gradients = torch.autograd.grad(loss, list(token.values()))
-            for row, gradient in zip(token.values(), gradients, strict=True):
-                row.grad = gradient
-            optimizer.step()
-        return {name: row.detach() for name, row in token.items()}
-
-    def _rows(self, states: States, token: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Equations rows @ w = values for the token w (all encoders' side by side) that makes the model predict the teacher's noise.
-
-        Each is a random projection v of one state's residual, linearised at ``token``: (v J) w = (v J) token - v r.
-        """
-        rows: list[Tensor] = []
-        values: list[Tensor] = []
-        while len(rows) * self.settings.batch < self.settings.rows:
-            batch = states[self._draw(states, self.settings.batch)]
-            slots = {name: row.to(torch.float32).expand(len(batch), 1, -1).clone().requires_grad_() for name, row in token.items()}
-            signs = (torch.randint(2, batch.x.shape, generator=self.generator) * 2.0 - 1).to(batch.x.device)
-            with torch.enable_grad():
-                x0 = self.model.denoise(batch.x, batch.sigma, self.model.text.encode([fill(self.mixture.template, [slots])]))
-                residual = ((x0 - batch.teacher) / batch.sigma.view(-1, 1, 1, 1) * signs).flatten(1).sum(1)
-            gradients = torch.autograd.grad(residual.sum(), list(slots.values()))
-            row = torch.cat([gradient[:, 0].cpu() for gradient in gradients], dim=1)
-            rows.append(row)
-            values.append(row @ torch.cat([t[0].detach().cpu().float() for t in token.values()]) - residual.detach().cpu())
-            self._report()
-        return torch.cat(rows), torch.cat(values)
+                x0 = self.model.denoise(batch.x, batch.sigma, variable)
+                projected = ((x0 - batch.teacher) / batch.sigma.view(-1, 1, 1, 1) * signs).flatten(1).sum(1)
+            inputs = [variable.context] if variable.pooled is None else [variable.context, variable.pooled]
+            gradients = torch.autograd.grad(projected.sum(), inputs)
+            row = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
+            scale = chance[picked].rsqrt().to(row.device)
+            rows.append(row * scale[:, None])
+            offsets.append(((row @ flat(at)[0].detach().float()) - projected.detach()) * scale)
+            self.tally.report()
+        return torch.cat(rows), torch.cat(offsets)
 
     def _judge(self, states: States, alphas: Tensor) -> Tensor:
         """R2 of each row of alphas (n, words) on ``states``, (n,): n * len(states) evals."""
@@ -274,67 +260,116 @@ class _Fit:
             scores = []
             for index in range(len(alphas)):
                 scores.append(explained(distances(self.model, states, _row(conditioning, index)), states))
-                self._report(metrics={"r2": scores[-1]})
+                self.tally.report({"r2": scores[-1]})
         return torch.tensor(scores)
-
-    def _refine(self, fitted: States, judged: States, alpha: Tensor, rounds: int = 2) -> Tensor:
-        """Gauss-Newton steps on the weights of the words in ``alpha``, with secants of the model as Jacobian and a line search."""
-        support = alpha.nonzero()[:, 0]
-        if len(support) < 2:
-            return alpha
-        for round_ in range(rounds):
-            states = fitted[self._draw(fitted, self.settings.refined)]
-            solution = small_nnls(*self._secants(states, alpha, support, 0.1 / (1 + 3 * round_))).float()
-            if not float(solution.sum()) > 0:
-                return alpha
-            goal = torch.zeros_like(alpha)
-            goal[support] = solution / solution.sum()
-            lines = torch.stack([alpha, *(alpha + t * (goal - alpha) for t in (1.0, 0.5, 0.25))])
-            alpha = lines[int(self._judge(judged, lines).argmax())]
-        return alpha
-
-    def _descend(self, states: States, alpha: Tensor) -> Tensor:
-        """Gradient steps on the distance to the teacher over all candidates, each on a fresh batch of the most telling states."""
-        descent = SimplexDescent(alpha, self.settings.descent)
-        scale = float(states.gap.mean())
-        for _ in range(self.settings.descent):
-            batch = states[self._draw(states, self.settings.batch)]
-            alpha = descent.alpha.requires_grad_()
-            with torch.enable_grad():
-                x0 = self.model.denoise(batch.x, batch.sigma, self.mixture.encode(alpha[None]))
-                loss = batch.distance(x0).mean() / scale
-            descent.step(torch.autograd.grad(loss, alpha)[0].cpu())
-            self._report(metrics={"loss": float(loss.detach())})
-        return descent.alpha
-
-    def _fewest(self, fitted: States, judged: States, alpha: Tensor) -> Tensor:
-        """As few of the strongest words as leave half as much again unexplained as all of them do (or 0.2 %), refitted.
-
-        A fixed loss of R2 would drop true words where the words explain nearly everything, and keep idle ones where they do not.
-        """
-        counts = range(1, int((alpha > 0).sum()) + 1)
-        nested = torch.stack([_strongest(alpha, k) for k in counts])
-        missed = 1 - self._judge(judged, nested)
-        fewest = int((missed <= 1.5 * missed[-1].clamp_min(0) + 0.002).nonzero()[0, 0])
-        return self._refine(fitted, judged, nested[fewest], rounds=1) if fewest + 1 < len(counts) else alpha
-
-    def _importance(self, states: States, alpha: Tensor, order: Tensor, r2: float) -> Iterator[float]:
-        for index in order.tolist():
-            without = alpha.clone()
-            without[index] = 0
-            yield r2 - (self._r2(states, without) if len(order) > 1 else 0.0)
 
     def _r2(self, states: States, alpha: Tensor) -> float:
         return float(self._judge(states, alpha[None])[0])
 
+    def _refine(self, fitted: States, judged: States, alpha: Tensor, bump: float = 0.1) -> Tensor:
+        """A Gauss-Newton step on the weights of the words in ``alpha``, with secants of the model as Jacobian and a line search."""
+        support = alpha.nonzero()[:, 0]
+        if len(support) < 2:
+            return alpha
+        states = fitted[self._draw(fitted, self.options.refined, self._generator(100 + len(self.progress.alphas)))]
+        probes = torch.cat([alpha[None], alpha + bump * torch.eye(len(alpha))[support]])
+        with torch.no_grad():
+            conditioning = self.mixture.encode(probes)
+            noise = []
+            for index in range(len(probes)):
+                x0 = self.model.denoise(states.x, states.sigma, _row(conditioning, index))
+                noise.append(((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1)).flatten().cpu().double())
+                self.tally.report()
+        solution = small_nnls(*with_gauge((torch.stack(noise[1:]) - noise[0]).T / bump, noise[0], alpha[support])).float()
+        if not float(solution.sum()) > 0:
+            return alpha
+        goal = torch.zeros_like(alpha)
+        goal[support] = solution / solution.sum()
+        lines = torch.stack([alpha, goal, 0.5 * alpha + 0.5 * goal])
+        return lines[int(self._judge(judged, lines).argmax())]
+
+    def _single(self, judged: States) -> Tensor:
+        """The best single word by the model itself, of those that the last linearisation finds best."""
+        rows, offsets = self.progress.rows[0]
+        empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
+        surrogate = Surrogate(self.mixture, rows / empty, offsets / empty)
+        words, scores = torch.eye(len(self.mixture)), []
+        for part in words.split(64):
+            self._pulse()
+            scores.append(surrogate.r2(part))
+        likely = torch.cat(scores)
+        finalists = words[likely.topk(min(self.options.finalists, len(words))).indices]
+        return finalists[int(self._judge(judged, finalists).argmax())]
+
+    def _pulse(self) -> None:
+        """Lets a host interrupt, and progress be shown, where no evals are spent."""
+        self.model.before_call()
+        self.tally.report()
+
+    def _key(self) -> str:
+        """What a checkpoint must have been made from to be continued."""
+        task = self.task
+        tensors = {
+            "teacher": task.teacher.context,
+            "empty": task.empty.context,
+            **{f"words.{n}": e for n, e in self.mixture.embeddings.items()},
+        }
+        asked = {
+            "model": task.model.name,
+            "template": task.template,
+            "pool": list(task.pool),
+            "words": task.words,
+            "seed": task.seed,
+            "size": [task.height, task.width],
+            "settings": vars(self.options),
+        }
+        return content_hash(tensors, asked)
+
+    def _save(self) -> None:
+        if self.task.checkpoint is None:
+            return
+        progress = self.progress
+        tensors = {} if progress.states is None else {f"states.{name}": tensor for name, tensor in vars(progress.states).items()}
+        for index, (rows, offsets) in enumerate(progress.rows):
+            tensors |= {f"rows.{index}": rows, f"offsets.{index}": offsets}
+        tensors |= {f"alpha.{index}": alpha for index, alpha in enumerate(progress.alphas)}
+        header: Header = {
+            "format": _CHECKPOINT,
+            "version": 1,
+            "key": self._key(),
+            "linearised": len(progress.rows),
+            "attempts": progress.attempts,
+            "evals": self.tally.evals,
+            "calls": self.tally.calls,
+        }
+        write(self.task.checkpoint, tensors, header, overwrite=True)
+
+    def _resume(self) -> tuple[_Progress, int, int]:
+        path = self.task.checkpoint
+        if path is None or not path.exists():
+            return _Progress(), 0, 0
+        tensors, header = read(path, _CHECKPOINT, 1, _layout)
+        if header["key"] != self._key():
+            raise ArtifactError(f"{path} belongs to another decomposition: choose another checkpoint file, or delete it to start afresh")
+        device = self.model.denoiser.device
+        states = States(**{name: tensors[f"states.{name}"].to(device) for name in _STATES})
+        rows = [(tensors[f"rows.{i}"].to(device), tensors[f"offsets.{i}"].to(device)) for i in range(header["linearised"])]
+        attempts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
+        alphas = [tensors[f"alpha.{i}"] for i in range(len(attempts))]
+        return _Progress(states, rows, attempts, alphas), int(header["evals"]), int(header["calls"])
+
+
+_STATES = ("x", "sigma", "teacher", "empty", "picture")
+
+
+def _layout(header: Mapping[str, Any]) -> dict[str, Spec]:
+    latents: Spec = (torch.float32, (None, None, None, None))
+    layout: dict[str, Spec] = {f"states.{name}": latents for name in ("x", "teacher", "empty")}
+    layout |= {"states.sigma": (torch.float32, (None,)), "states.picture": (torch.int64, (None,))}
+    for index in range(header["linearised"]):
+        layout |= {f"rows.{index}": (torch.float32, (None, None)), f"offsets.{index}": (torch.float32, (None,))}
+    return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(len(header["attempts"]))}
+
 
 def _row(conditioning: Conditioning, index: int) -> Conditioning:
     return conditioning.map(lambda tensor: tensor[index : index + 1])
-
-
-def _strongest(alpha: Tensor, count: int) -> Tensor:
-    """alpha without all but its largest ``count`` entries, summing to 1."""
-    kept = torch.zeros_like(alpha)
-    largest = alpha.topk(min(count, len(alpha))).indices
-    kept[largest] = alpha[largest]
-    return kept / kept.sum()

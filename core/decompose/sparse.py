@@ -1,4 +1,4 @@
-"""Sparse non-negative least squares: which few atoms add up to a target, under a metric that is known only roughly.
+"""Sparse non-negative least squares: which few atoms add up to a target.
 
 Nothing here evaluates the model; everything is double precision and deterministic.
 """
@@ -6,43 +6,18 @@ Nothing here evaluates the model; everything is double precision and determinist
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-FILTERS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""tau of the flattened spectra: from nearly what the model shows to nearly the geometry of the embeddings."""
 PENALTIES = (0.1, 0.03, 0.01)
 """l1 penalties, as fractions of the smallest one that leaves no word."""
 
-
-def proposals(rows: Tensor, values: Tensor, atoms: Tensor, token: Tensor | None, count: int) -> tuple[list[Tensor], Tensor]:
-    """Distinct weight vectors (words,) with at most ``count`` non-zeros for which atoms.T @ weights nearly satisfies rows @ w = values.
-
-    rows: (equations, width); values: (equations,); atoms: (words, width); token: (width,), a w known to satisfy them, if any. Weights
-    sum to 1. The second result says how much the words were wanted over all problems solved, (words,).
-
-    A few directions of w dominate what is seen, by orders of magnitude, and any large dictionary can imitate those with the wrong
-    words; the weak directions tell words apart but are also where a target lies outside the dictionary. So the equations' singular
-    values s are flattened to s / sqrt(s^2 + tau mean(s^2)) for several tau, and entirely where a token is known; each problem is solved
-    with several l1 penalties, and each solution is polished by exchanging words. The caller judges the proposals by the model itself.
-    """
-    rows, values, atoms = rows.double(), values.double(), atoms.double()
-    left, singular, right = torch.linalg.svd(rows, full_matrices=False)
-    kept = singular > 1e-6 * singular[0]
-    left, singular, right = left[:, kept], singular[kept], right[kept]
-    target, directions = (left.T @ values) / singular, right @ atoms.T
-    powers = [singular / (singular.square() + tau * singular.square().mean()).sqrt() for tau in FILTERS]
-    problems = [(power[:, None] * directions, power * target) for power in powers]
-    if token is not None:
-        problems.append((atoms.T.contiguous(), token.double()))
-    found: dict[tuple[int, ...], Tensor] = {}
-    wanted = torch.zeros(len(atoms))
-    for matrix, goal in problems:
-        for weights, solution in sparse_solutions(matrix, goal, count, PENALTIES):
-            found.setdefault(tuple(solution.nonzero()[:, 0].tolist()), solution)
-            wanted += weights + solution
-    return list(found.values()), wanted
+_Array: TypeAlias = NDArray[np.float64]
 
 
 def sparse_solutions(matrix: Tensor, target: Tensor, count: int, penalties: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -50,83 +25,112 @@ def sparse_solutions(matrix: Tensor, target: Tensor, count: int, penalties: Sequ
 
     One pair per l1 penalty; the second is fitted to the largest weights of the first after exchanging columns while that helps.
     """
-    for weights in _lasso_path(matrix, target, penalties):
-        support = exchange(matrix, target, weights.topk(min(count, len(weights))).indices.tolist())
-        solution = torch.zeros(matrix.shape[1], dtype=torch.double)
-        solution[support] = small_nnls(matrix[:, support], target)
-        if float(solution.sum()) > 0:
-            yield (weights / weights.sum()).float(), (solution / solution.sum()).float()
+    problem = LeastSquares(matrix, target)
+    for weights in problem.lasso(penalties):
+        largest = np.argsort(-weights, kind="stable")[:count]
+        support, fitted = problem.exchange(largest.tolist())
+        solution = np.zeros_like(weights)
+        solution[support] = fitted
+        if solution.sum() > 0:
+            yield torch.from_numpy(weights / weights.sum()).float(), torch.from_numpy(solution / solution.sum()).float()
 
 
-def _lasso_path(matrix: Tensor, target: Tensor, penalties: Sequence[float], steps: int = 400) -> Iterator[Tensor]:
-    """Non-negative lasso by accelerated proximal gradient with restarts (Beck and Teboulle 2009), from each penalty to the next.
+class LeastSquares:
+    """min ||matrix @ x - target||^2 over x >= 0 with few non-zeros. matrix: (equations, columns); target: (equations,)."""
 
-    Penalties are fractions of the smallest one that makes every weight 0.
-    """
-    moment = matrix.T @ target
-    bound = float(torch.linalg.matrix_norm(matrix, 2)) ** 2
-    top = float(moment.max().clamp_min(1e-300))
-    x = torch.zeros_like(moment)
-    for penalty in penalties:
-        y, momentum = x, 1.0
-        for _ in range(steps):
-            following = (y - (matrix.T @ (matrix @ y) - moment + penalty * top) / bound).clamp_min(0)
-            if float((y - following) @ (following - x)) > 0:
-                momentum, following = 1.0, (x - (matrix.T @ (matrix @ x) - moment + penalty * top) / bound).clamp_min(0)
-            faster = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            y = following + (momentum - 1) / faster * (following - x)
-            x, momentum = following, faster
-        yield x
+    def __init__(self, matrix: Tensor, target: Tensor) -> None:
+        self._matrix: _Array = np.ascontiguousarray(matrix.double().numpy())
+        self._target: _Array = target.double().numpy()
+        self._moment: _Array = self._matrix.T @ self._target
+        self._lengths: _Array = np.square(self._matrix).sum(0)
+        self._grams: dict[int, _Array] = {}
 
+    def fit(self, columns: Sequence[int]) -> _Array:
+        """The best weights of the given columns."""
+        chosen = list(columns)
+        return _nnls(self._gram(chosen)[:, chosen], self._moment[chosen])
 
-def small_nnls(matrix: Tensor, target: Tensor, ridge: float = 1e-12) -> Tensor:
-    """argmin ||matrix x - target||^2 over x >= 0 for a handful of columns, by exact coordinate descent on the normal equations."""
-    gram = matrix.T @ matrix
-    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-300)
-    moment = matrix.T @ target
-    x: Tensor = torch.linalg.solve(gram, moment)
-    if bool((x >= 0).all()):
-        return x
-    x = x.clamp_min(0)
-    scale = gram.diagonal()
-    for _ in range(300):
-        before = x.clone()
-        for index in range(len(x)):
-            x[index] = (x[index] - (gram[index] @ x - moment[index]) / scale[index]).clamp_min(0)
-        if float((x - before).abs().max()) <= 1e-10 * float(x.abs().max()):
-            break
-    return x
+    def miss(self, columns: Sequence[int]) -> float:
+        """||matrix @ x - target||^2 at those weights."""
+        chosen = list(columns)
+        return float(np.square(self._matrix[:, chosen] @ self.fit(chosen) - self._target).sum())
 
+    def additions(self, columns: Sequence[int], count: int) -> list[int]:
+        """The columns that would shorten the residual of ``columns`` most, of those whose weight would be positive."""
+        chosen = list(columns)
+        gain, length = self._moment.copy(), self._lengths.copy()
+        if chosen:
+            rows = self._gram(chosen)
+            gain -= self.fit(chosen) @ rows
+            length -= (rows * (np.linalg.inv(_stable(rows[:, chosen])) @ rows)).sum(0)
+        usable = length > 1e-8 * self._lengths
+        score = np.where(usable, np.square(gain.clip(min=0)) / np.where(usable, length, 1), 0)
+        score[chosen] = -1
+        return [int(j) for j in np.argsort(-score, kind="stable")[:count] if score[j] > 0]
 
-def exchange(matrix: Tensor, target: Tensor, support: list[int], sweeps: int = 24, tries: int = 3) -> list[int]:
-    """``support`` after exchanging one column at a time for as long as that brings non-negative combinations closer to ``target``."""
-
-    def miss(columns: list[int]) -> float:
-        return float((matrix[:, columns] @ small_nnls(matrix[:, columns], target) - target).square().sum())
-
-    best = miss(support)
-    for _ in range(sweeps):
-        for position in range(len(support)):
-            others = support[:position] + support[position + 1 :]
-            chosen = next((c for c in _additions(matrix, target, others, tries) if miss([*others, c]) < best * (1 - 1e-6)), None)
-            if chosen is not None:
-                support, best = [*others, chosen], miss([*others, chosen])
+    def exchange(self, columns: Sequence[int], sweeps: int = 24, tries: int = 3) -> tuple[list[int], _Array]:
+        """Columns after exchanging one at a time for as long as that shortens the residual, and their weights."""
+        support = list(columns)
+        best = self.miss(support)
+        for _ in range(sweeps):
+            for position in range(len(support)):
+                others = support[:position] + support[position + 1 :]
+                better = next(((m, c) for c in self.additions(others, tries) if (m := self.miss([*others, c])) < best * (1 - 1e-6)), None)
+                if better is not None:
+                    best, support = better[0], [*others, better[1]]
+                    break
+            else:
                 break
-        else:
-            break
-    return support
+        return support, self.fit(support)
+
+    def lasso(self, penalties: Sequence[float], steps: int = 400) -> Iterator[_Array]:
+        """Non-negative lasso by accelerated proximal gradient with restarts (Beck and Teboulle 2009), from each penalty to the next.
+
+        Penalties are fractions of the smallest one that makes every weight 0.
+        """
+        matrix, moment = self._matrix, self._moment
+        bound = max(self._bound, 1e-300)
+        top = max(float(moment.max()), 1e-300)
+        x = np.zeros_like(moment)
+        for penalty in penalties:
+            y, momentum, drift = x, 1.0, moment - penalty * top
+            for _ in range(steps):
+                following = (y - (matrix.T @ (matrix @ y) - drift) / bound).clip(min=0)
+                if (y - following) @ (following - x) > 0:
+                    momentum, following = 1.0, (x - (matrix.T @ (matrix @ x) - drift) / bound).clip(min=0)
+                faster = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+                y = following + (momentum - 1) / faster * (following - x)
+                x, momentum = following, faster
+            yield x
+
+    @cached_property
+    def _bound(self) -> float:
+        return float(np.linalg.norm(self._matrix, 2)) ** 2
+
+    def _gram(self, columns: list[int]) -> _Array:
+        """Products of the given columns with all, (len(columns), all)."""
+        for column in columns:
+            if column not in self._grams:
+                self._grams[column] = self._matrix.T @ self._matrix[:, column]
+        return np.stack([self._grams[column] for column in columns])
 
 
-def _additions(matrix: Tensor, target: Tensor, support: list[int], count: int) -> list[int]:
-    """The columns that would shorten the residual of ``support`` most, if their weight is positive."""
-    residual, free = target, matrix
-    if support:
-        chosen = matrix[:, support]
-        residual = target - chosen @ small_nnls(chosen, target)
-        basis = torch.linalg.qr(chosen).Q
-        free = matrix - basis @ (basis.T @ matrix)
-    length = free.square().sum(0)
-    gain = (free.T @ residual).clamp_min(0).square() / length.clamp_min(1e-300)
-    gain[length < 1e-8 * matrix.square().sum(0)] = 0
-    gain[support] = -1
-    return gain.topk(min(count, len(gain))).indices.tolist()
+def small_nnls(matrix: Tensor, target: Tensor) -> Tensor:
+    """argmin ||matrix x - target||^2 over x >= 0 for a handful of columns, double."""
+    columns, goal = matrix.double().numpy(), target.double().numpy()
+    return torch.from_numpy(_nnls(columns.T @ columns, columns.T @ goal))
+
+
+def _nnls(gram: _Array, moment: _Array) -> _Array:
+    """Lawson and Hanson's method on the triangular factor of the normal equations, which are small."""
+    from scipy.optimize import nnls  # slow to import, and not needed to list a node
+
+    factor = np.linalg.cholesky(_stable(gram))
+    found: tuple[Any, float] = nnls(factor.T, np.linalg.solve(factor, moment))
+    return np.asarray(found[0], dtype=np.float64)
+
+
+def _stable(gram: _Array) -> _Array:
+    """With a ridge far below the columns' lengths, so that repeated and zero columns do no harm."""
+    size = len(gram)
+    return gram + (1e-12 * np.trace(gram) / size + 1e-300) * np.eye(size)

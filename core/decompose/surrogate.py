@@ -1,0 +1,258 @@
+"""The model linearised in what its cross-attention reads, and the search for words under it, which costs no evals.
+
+Near the concept's own conditioning c* a denoiser answers nearly linearly; the text encoder between a token and its conditioning does not,
+and linearised there, wrong words look right. So only the denoiser is linearised, at a conditioning c0 and by random projections v of its
+noise prediction's residual r:
+
+    y(alpha) = v r(c0) + G (c(alpha) - c0),    G = v dr/dc at c0    (3 evals a row),
+
+while c(alpha) is the text encoder itself. Then sum y^2 estimates what a mixture of words leaves unexplained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..model import Conditioning
+from .mixture import Mixture
+from .sparse import LeastSquares, small_nnls, sparse_solutions
+
+_PENALTIES = (0.3, 0.1, 0.03, 0.01)
+_BUMP = 0.02
+"""Step of the finite differences in alpha: text encoders are smooth, and float32 leaves five digits of it."""
+_TRIES, _POLISHED = 4, 6
+"""Words tried in the place of each word, and how many of the resulting sets are looked at closely."""
+
+
+def flat(conditioning: Conditioning) -> Tensor:
+    """All numbers of a conditioning side by side, (batch, size)."""
+    context = conditioning.context.flatten(1)
+    return context if conditioning.pooled is None else torch.cat([context, conditioning.pooled.to(context)], dim=1)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """y(c) = rows @ flat(c) - offsets, with rows (n, size) and offsets (n,) scaled so that sum y^2 is the unexplained share.
+
+    token: the concept's direction, the unit embeddings of all encoders side by side, (width,), or None where it is not one token; with
+    ``pull``, pull * (direction of the mixture - token) joins the residual, which draws the search towards words near the concept's own
+    embedding.
+    """
+
+    mixture: Mixture
+    rows: Tensor
+    offsets: Tensor
+    token: Tensor | None = None
+    pull: float = 0.0
+    chunk: int = 32
+
+    def residual(self, alphas: Tensor) -> Tensor:
+        """y for each row of alphas (batch, words): (batch, n), or n + width with a pull. Double, CPU."""
+        with torch.no_grad():
+            parts = [flat(self.mixture.encode(part)) @ self.rows.T - self.offsets for part in alphas.split(self.chunk)]
+            y = torch.cat(parts).cpu().double()
+            return y if self.token is None or not self.pull else torch.cat([y, self._pulled(alphas, self.token)], dim=1)
+
+    def r2(self, alphas: Tensor) -> Tensor:
+        """1 - sum y^2 for each row of alphas, (batch,): an estimate of R2, less the penalty for leaving the token."""
+        return 1 - self.residual(alphas).square().sum(1)
+
+    def cosine(self, alphas: Tensor) -> Tensor:
+        """Cosine between each mixture and the concept's embedding, (batch,), never below 0; 0 without a token."""
+        if self.token is None:
+            return torch.zeros(len(alphas), dtype=torch.double)
+        cosines = self._direction(alphas) @ self.token.double() / len(self.mixture.embeddings)
+        return cosines.clamp_min(0)
+
+    def equations(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Gauss-Newton's equations in the weights of all words at ``alpha``: (n + 1, words), (n + 1,).
+
+        y does not change with the scale of alpha, so its differential vanishes along alpha and the sum of the weights is set by an
+        equation of its own.
+        """
+        parts = []
+        for rows in self.rows.split(self.chunk):
+            each = alpha.expand(len(rows), -1).clone().requires_grad_()
+            with torch.enable_grad():
+                total = (flat(self.mixture.encode(each)) * rows).sum()
+            parts.append(torch.autograd.grad(total, each)[0].cpu().double())
+        if self.token is not None and self.pull:
+            parts.append(self._pull_jacobian(alpha))
+        return with_gauge(torch.cat(parts), self.residual(alpha[None])[0], alpha)
+
+    def polish(self, alphas: Tensor, rounds: int = 3) -> tuple[Tensor, Tensor]:
+        """Each row of alphas after Gauss-Newton on the weights of its own words, with a line search, and its `r2`."""
+        alphas, scores = alphas.clone(), self.r2(alphas)
+        active = torch.arange(len(alphas))
+        for _ in range(rounds):
+            supports = [alphas[i].nonzero()[:, 0] for i in active]
+            eye = torch.eye(alphas.shape[1])
+            probes = [torch.cat([alphas[i][None], alphas[i] + _BUMP * eye[s]]) for i, s in zip(active, supports, strict=True)]
+            values = self.residual(torch.cat(probes)).split([len(p) for p in probes])
+            lines = []
+            for i, support, y in zip(active, supports, values, strict=True):
+                matrix, target = with_gauge((y[1:] - y[0]).T / _BUMP, y[0], alphas[i][support])
+                goal = _on(support, small_nnls(matrix, target), alphas[i])
+                lines += [goal, alphas[i] + 0.4 * (goal - alphas[i])]
+            reached, which = self.r2(torch.stack(lines)).view(-1, 2).max(1)
+            gain = reached - scores[active]
+            for row, i in enumerate(active.tolist()):
+                if gain[row] > 0:
+                    alphas[i], scores[i] = lines[2 * row + int(which[row])], reached[row]
+            active = active[gain > 1e-3]
+            if not len(active):
+                break
+        return alphas, scores
+
+    def _direction(self, alphas: Tensor) -> Tensor:
+        rows = self.mixture.embeddings.values()
+        return torch.cat([normalize(alphas.double() @ e.cpu().double(), dim=1) for e in rows], dim=1)
+
+    def _pulled(self, alphas: Tensor, token: Tensor) -> Tensor:
+        return self.pull * (self._direction(alphas) - token.double())
+
+    def _pull_jacobian(self, alpha: Tensor) -> Tensor:
+        """d (pull * direction) / d alpha = pull * (E - u (u . E)) / |alpha E| for each encoder's unit direction u, (width, words)."""
+        parts = []
+        for rows in self.mixture.embeddings.values():
+            atoms = rows.cpu().double()
+            mixed = alpha.double() @ atoms
+            unit = normalize(mixed, dim=0)
+            parts.append((atoms - (atoms @ unit)[:, None] * unit) / mixed.norm())
+        return self.pull * torch.cat(parts, dim=1).T
+
+
+class Search:
+    """Sets of at most ``count`` words that a surrogate finds good; ``found`` maps each set to its weights and score.
+
+    ``pulse`` runs between steps; raising from it ends the search.
+    """
+
+    def __init__(self, surrogate: Surrogate, count: int, pulse: Callable[[], None]) -> None:
+        self.surrogate, self.count, self._pulse = surrogate, count, pulse
+        self.found: dict[tuple[int, ...], tuple[float, Tensor]] = {}
+
+    def best(self, size: int | None = None) -> Tensor | None:
+        """The best weights found, of ``size`` words if given."""
+        of_size = [entry for words, entry in self.found.items() if size is None or len(words) == size]
+        return max(of_size, key=lambda entry: entry[0])[1] if of_size else None
+
+    def run(self, starts: Iterable[Tensor], rounds: int = 4) -> None:
+        """Solve for sparse weights from each start until they repeat; then exchange words; then do the same with ever fewer words."""
+        for start in starts:
+            self._solve(start, rounds)
+        alpha = self.best()
+        while alpha is not None:
+            alpha = self._exchange(alpha, rounds)
+            support = alpha.nonzero()[:, 0].tolist()
+            if len(support) < 2:
+                break
+            fewer = alpha.repeat(len(support), 1)
+            fewer[range(len(support)), support] = 0
+            self.add(fewer / fewer.sum(1, keepdim=True))
+            alpha, rounds = self.best(len(support) - 1), 2
+
+    def add(self, alphas: Iterable[Tensor]) -> None:
+        """Polish those whose words are new, and keep them."""
+        fresh = {_words(alpha): alpha for alpha in alphas if _words(alpha) not in self.found}
+        if not fresh:
+            return
+        self._pulse()
+        polished, scores = self.surrogate.polish(torch.stack(list(fresh.values())))
+        for given, alpha, score in zip(fresh, polished, scores.tolist(), strict=True):
+            for words in {given, _words(alpha)}:  # weights may have become 0
+                if words not in self.found or self.found[words][0] < score:
+                    self.found[words] = score, alpha
+
+    def _solve(self, alpha: Tensor, rounds: int) -> None:
+        for _ in range(rounds):
+            self._pulse()
+            options = []
+            for lasso, solution in sparse_solutions(*self.surrogate.equations(alpha), self.count, _PENALTIES):
+                near = 0.5 * strongest(alpha, 2 * self.count)
+                options += [solution, strongest(near + 0.5 * solution, self.count), strongest(0.5 * alpha + 0.5 * lasso, self.count)]
+            self.add(options)
+            best = self.best()
+            if best is None or _words(best) == _words(alpha):
+                break
+            alpha = best
+
+    def _exchange(self, alpha: Tensor, rounds: int) -> Tensor:
+        """Replace one word at a time for as long as that helps."""
+        for _ in range(rounds):
+            self._pulse()
+            problem = LeastSquares(*self.surrogate.equations(alpha))
+            support = alpha.nonzero()[:, 0].tolist()
+            options = []
+            for position in range(len(support)):
+                others = support[:position] + support[position + 1 :]
+                for column in problem.additions(others, _TRIES):
+                    columns = [*others, column]
+                    options.append(_on(torch.tensor(columns), torch.from_numpy(problem.fit(columns)), alpha))
+            if not options:
+                break
+            proposed = torch.stack(options)
+            self.add(proposed[self.surrogate.r2(proposed).topk(min(_POLISHED, len(proposed))).indices])
+            best = self.best(len(support))
+            if best is None or _words(best) == _words(alpha):
+                break
+            alpha = best
+        return alpha
+
+
+def find(
+    surrogate: Surrogate, starts: Iterable[Tensor], near: Iterable[Tensor], count: int, pull: float, pulse: Callable[[], None]
+) -> Tensor:
+    """Distinct weights of at most ``count`` words that explain the concept well by the surrogate, (n, words).
+
+    Searched twice: from ``near`` with a pull towards the concept's embedding where it is one token, and without from ``starts`` and the
+    best found before.
+    """
+    found: dict[tuple[int, ...], Tensor] = {}
+    starts = list(starts)
+    if surrogate.token is not None:
+        pulled = Search(replace(surrogate, pull=pull), count, pulse)
+        pulled.run(near)
+        best = pulled.best()
+        starts += [] if best is None else [best]
+        found |= {words: alpha for words, (_, alpha) in pulled.found.items()}
+    free = Search(replace(surrogate, pull=0.0), count, pulse)
+    free.run(starts)
+    found |= {words: alpha for words, (_, alpha) in free.found.items()}
+    return torch.stack(list(found.values())) if found else torch.zeros(0, len(surrogate.mixture))
+
+
+def strongest(alpha: Tensor, count: int) -> Tensor:
+    """alpha without all but its largest ``count`` entries, summing to 1."""
+    kept = torch.zeros_like(alpha)
+    largest = alpha.topk(min(count, len(alpha))).indices
+    kept[largest] = alpha[largest]
+    return kept / kept.sum()
+
+
+def _words(alpha: Tensor) -> tuple[int, ...]:
+    return tuple(alpha.nonzero()[:, 0].tolist())
+
+
+def _on(support: Tensor, weights: Tensor, instead: Tensor) -> Tensor:
+    """``weights`` on ``support``, summing to 1; ``instead`` when all are 0."""
+    if not float(weights.sum()) > 0:
+        return instead
+    alpha = torch.zeros_like(instead)
+    alpha[support] = (weights / weights.sum()).float()
+    return alpha
+
+
+def with_gauge(jacobian: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    gauge = jacobian.norm() / jacobian.shape[1] ** 0.5
+    target = torch.cat([jacobian @ alpha.double() - y, gauge[None]])
+    system = torch.cat([jacobian, gauge.expand(1, jacobian.shape[1])])
+    if system.shape[0] <= system.shape[1]:
+        return system, target
+    reduced = torch.linalg.qr(system)
+    return reduced.R, reduced.Q.T @ target
