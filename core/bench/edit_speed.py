@@ -34,6 +34,7 @@ LAYERS: Mapping[str, tuple[Family, int, Mapping[int, int]]] = {
     "sdxl": ("sdxl", 2048, {640: 20, 1280: 120}),
 }
 """Family, width of the context, and how many to_k and to_v there are of each height."""
+LENGTH = 77
 REPEATS = 3
 WORDS = (
     "cat",
@@ -86,7 +87,7 @@ class StoredLayers:
 
 
 class StandInText:
-    """A text encoder without weights: causal contexts of full rank, drawn from each token's id and place, and the time spent on them.
+    """A text encoder without weights: contexts of full rank, drawn from each token, its place and its prompt, and the time spent on them.
 
     The tokenizer knows the words of ``WORDS`` and prompts' common words, one token each.
     """
@@ -95,6 +96,7 @@ class StandInText:
         self._width = width
         names = [*WORDS, *COMMON]
         self._vocabulary = {word + WORD_END: index for index, word in enumerate(dict.fromkeys(names))}
+        self._rows: dict[tuple[str, object], Tensor] = {}
         self.seconds = 0.0
 
     @property
@@ -115,15 +117,20 @@ class StandInText:
         return Conditioning(context)
 
     def _context(self, prompt: str) -> Tensor:
-        names = ["start", *map(str, self.tokenize(prompt))]
-        rows = torch.stack([self._row("token", name) for name in (names + ["end"] * 77)[:77]])
-        before = rows.cumsum(0) / torch.arange(1, 78)[:, None]
-        places = torch.stack([self._row("place", place) for place in range(77)])
-        return rows + before + 0.5 * places
+        names = (["start", *map(str, self.tokenize(prompt))] + ["end"] * LENGTH)[:LENGTH]
+        tokens = torch.stack([self._row("token", name) for name in names])
+        places = torch.stack([self._row("place", place) for place in range(LENGTH)])
+        # What stands before a token colours it, in directions of its own for every beginning of a prompt.
+        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "little")
+        own = torch.randn(LENGTH, self._width, generator=torch.Generator().manual_seed(seed))
+        own[0] = 0
+        return tokens + 0.5 * places + tokens.cumsum(0) / torch.arange(1, LENGTH + 1)[:, None] + 0.3 * own
 
     def _row(self, kind: str, name: object) -> Tensor:
-        seed = int.from_bytes(hashlib.sha256(f"{kind} {name}".encode()).digest()[:6], "little")
-        return torch.randn(self._width, generator=torch.Generator().manual_seed(seed))
+        if (kind, name) not in self._rows:
+            seed = int.from_bytes(hashlib.sha256(f"{kind} {name}".encode()).digest()[:6], "little")
+            self._rows[kind, name] = torch.randn(self._width, generator=torch.Generator().manual_seed(seed))
+        return self._rows[kind, name]
 
 
 def measure_speed(size: str, threads: int) -> Result:
