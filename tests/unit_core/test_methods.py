@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
@@ -16,7 +17,11 @@ from conceptkit.core.decompose.clusters import clusters
 from conceptkit.core.decompose.conceptor import BUDGETS, Network, strongest
 from conceptkit.core.decompose.task import Task
 from conceptkit.core.decompose.text import text_code
+from conceptkit.core.hosts.diffusers import load_model
 from conceptkit.core.model import Conditioning, Model, NonFinite, OutOfMemory, Slot, UnsupportedModel
+from conceptkit.tests.unit_core import test_hosts
+from conceptkit.tests.unit_core.test_hosts import FAMILIES, build_pipeline
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
 
@@ -404,3 +409,46 @@ def test_the_strongest_words_keep_their_gradients() -> None:
 def test_the_picture_filter_keeps_the_nearest_texts_where_there_are_too_many_words() -> None:
     found = take_apart(world(), "conceptor", settings={**SMALL["conceptor"], "dictionary": 5})
     assert found.candidates == 5
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline."""
+    path = tmp_path_factory.mktemp("pipelines") / request.param
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(FAMILIES.index(request.param))
+        build_pipeline(request.param).save_pretrained(path)
+    return path
+
+
+@method
+def test_a_pipeline_of_each_family_is_taken_apart(method: str, folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder)
+    before = {name: weight.clone() for name, weight in test_hosts.weights(model).items()}
+    found = take_apart(model, method, "cat", candidates=["dog", "photo"], height=64, width=64, select="r2")
+    assert set(found.words) <= {"dog", "photo"} and set(found.norms) == {"sd1": {"l"}, "sd2": {"h"}, "sdxl": {"l", "g"}}[model.family]
+    assert all(torch.equal(weight, before[name]) for name, weight in test_hosts.weights(model).items())
+    found.save(tmp_path / "found")
+    loaded = Decomposition.load(tmp_path / "found").apply(model.text, "a {} of dog")
+    expected = found.apply(model.text, "a {} of dog")
+    assert torch.equal(loaded.context, expected.context)
+    if loaded.pooled is not None and expected.pooled is not None:
+        assert torch.equal(loaded.pooled, expected.pooled)
+
+
+def test_diffusers_reads_the_embedding_file(folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder)
+    found = take_apart(model, "text", "cat", candidates=["dog", "photo"], budget="fast", settings={})
+    path = tmp_path / "cat.safetensors"
+    found.save_embedding(path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    if model.family == "sdxl":
+        rows = load_file(path)
+        pipe.load_textual_inversion(rows["clip_l"], token="<cat>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+        pipe.load_textual_inversion(rows["clip_g"], token="<cat>", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+    else:
+        pipe.load_textual_inversion(str(path))
+    encoders = [(pipe.tokenizer, pipe.text_encoder)] + ([(pipe.tokenizer_2, pipe.text_encoder_2)] if model.family == "sdxl" else [])
+    for name, (tokenizer, encoder) in zip(found.norms, encoders, strict=True):
+        ids = tokenizer("a photo of a <cat>", add_special_tokens=False)["input_ids"]
+        assert len(ids) > 1 and torch.equal(encoder.get_input_embeddings().weight[ids[-1]], found.token[name][0])
