@@ -74,6 +74,8 @@ def decompose_concept(
     split_template(template)
     if words < 1:
         raise ValueError(f"ask for at least 1 word, got {words}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"the seed must be a whole number from 0 to 2^63 - 1, got {seed}")
     cells = [side // model.denoiser.downscale for side in (height, width)]
     if min(cells) < 1:
         raise ValueError(f"pictures of {width}x{height} pixels are too small: the model needs at least {model.denoiser.downscale}")

@@ -274,8 +274,8 @@ class Decomposition:
             raise ArtifactError(f"{path} is no valid decomposition ({error}): make it again") from error
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) of everything but ``versions``: equal results have equal hashes, wherever and whenever they were made."""
-        return content_hash(self._tensors(), {**self._header(), "versions": {}})
+        """SHA-256 (hex) of everything but ``versions`` and the model's name: equal results have equal hashes, wherever they were made."""
+        return content_hash(self._tensors(), {**self._header(), "versions": {}, "model": ""})
 
     def save_embedding(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write w* as a textual-inversion embedding (safetensors) that works where this project is not installed.

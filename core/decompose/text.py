@@ -105,11 +105,14 @@ def prompt_code(task: Task, chunk: int = 64) -> Tensor:
     """Weights (pool,) like those of `text_code`, by what the text encoder makes of whole prompts.
 
     Atoms are the encoded template with each word, the target that with the concept, all as means over the positions (a phrase moves what
-    follows it) and as seen from the mean atom. Costs no evals, one text encoding a candidate.
+    follows it) and as seen from the mean atom. Costs no evals, one text encoding a candidate;
+    ``before_call`` runs before each ``chunk`` of them.
     """
-    words = list(task.pool)
-    prompts = [[fill(task.template, word) for word in words[start : start + chunk]] for start in range(0, len(words), chunk)]
-    atoms = torch.cat([_means(task.model.text.encode(part)) for part in prompts])
+    words, parts = list(task.pool), []
+    for start in range(0, len(words), chunk):
+        task.model.before_call()
+        parts.append(_means(task.model.text.encode([fill(task.template, word) for word in words[start : start + chunk]])))
+    atoms = torch.cat(parts)
     return _nearest(task, atoms - atoms.mean(0), (_means(task.teacher) - atoms.mean(0))[0])
 
 

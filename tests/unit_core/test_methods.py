@@ -235,6 +235,7 @@ def test_bad_input_is_named_before_anything_is_spent(method: str) -> None:
         ("waa", {"candidates": ["wab"], "exclude": ["wab"]}, "no candidate words are left"),
         ("waa", {"words": 0}, "at least 1 word"),
         ("waa", {"height": 4}, "too small"),
+        ("waa", {"seed": -1}, "the seed must be"),
         ("waa", {"budget": "huge"}, "unknown budget 'huge'"),
         ("waa", {"settings": {"magic": 1}}, "no setting magic"),
     ):

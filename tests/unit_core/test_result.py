@@ -13,7 +13,7 @@ from conceptkit.core import __version__, artifact
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.decompose import Attempt, Decomposition, Fidelity, LevelR2
 from conceptkit.core.model import Conditioning
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -93,7 +93,7 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(found: Decomposition, tmp_p
 
 def test_the_hash_follows_what_was_found_and_not_what_computed_it() -> None:
     found = example()
-    assert found.content_hash() == example().content_hash() == example(versions={"torch": "3"}).content_hash()
+    assert found.content_hash() == example().content_hash() == example(versions={"torch": "3"}, model="renamed").content_hash()
     changes = [
         {"concept": "cat"}, {"seed": 1}, {"evals": 1}, {"alpha": found.alpha.flip(0)}, {"fidelity": None}, {"edits": ("x",)},
         {"excluded": ""}, {"embeddings": {n: r + 1 for n, r in found.embeddings.items()}}, {"attempts": ()}, {"settings": {}},
@@ -216,7 +216,6 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150)
 @given(st.data())
 def test_any_other_header_is_refused_or_still_a_decomposition(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Whatever stands in a header, a reader gets an ArtifactError naming the file, or a decomposition that holds together."""
@@ -230,7 +229,6 @@ def test_any_other_header_is_refused_or_still_a_decomposition(tmp_path_factory: 
     check(path)
 
 
-@settings(max_examples=150)
 @given(st.data())
 def test_damaged_files_are_refused_or_still_a_decomposition(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged"
