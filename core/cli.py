@@ -69,7 +69,7 @@ CacheOption = Annotated[
 ShardOption = Annotated[
     str, typer.Option(metavar="I/N", help="Measure one of N parts of everything, as on N machines whose --parts are put together later.")
 ]
-ShipOption = Annotated[bool, typer.Option("--ship", help="Store the baselines that were measured with the package.")]
+ShipOption = Annotated[bool, typer.Option("--ship", help="Measure all baselines, whatever the limit, and store them with the package.")]
 
 
 def main() -> None:
@@ -298,6 +298,7 @@ def bench_edit(
     methods: Annotated[str, typer.Option(help="Which methods, separated by commas; by default those of the profile.")] = "",
     processes: ProcessesOption = None,
     parts: PartsOption = None,
+    shard: ShardOption = "1/1",
     ship: ShipOption = False,
 ) -> None:
     """Measure edits where the answer is known: concepts of the demo model before and after, attacks on them, and speed at real sizes."""
@@ -305,9 +306,10 @@ def bench_edit(
     from .edit import METHODS
 
     chosen = tuple(name.strip() for name in methods.split(",") if name.strip())
-    if not set(chosen) <= set(METHODS):
-        raise ValueError(f"there is no method {', '.join(sorted(set(chosen) - set(METHODS)))}: choose from {', '.join(METHODS)}")
-    _bench(EditSuite(profile, model, chosen), json_, parts, processes, ship)
+    erasing = [name for name, preset in METHODS.items() if not preset.balances]
+    if not set(chosen) <= set(erasing):
+        raise ValueError(f"no method that erases: {', '.join(sorted(set(chosen) - set(erasing)))}; choose from {', '.join(erasing)}")
+    _bench(EditSuite(profile, model, chosen), json_, parts, processes, ship, shard)
 
 
 def _before_and_after(model: Model, edit: ContextEdit, out: Path, drawing: _Drawing) -> list[Path]:
@@ -359,7 +361,7 @@ def _bench(suite: Suite, path: Path, parts: Path | None, processes: int | None, 
     asked = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
     if asked is None or int(asked[1]) > int(asked[2]):
         raise ValueError(f"{shard!r} is no part of a whole: write 2/4 for the second of four")
-    report = frame.run(suite, parts, processes=count, say=typer.echo, shard=(int(asked[1]) - 1, int(asked[2])))
+    report = frame.run(suite, parts, processes=count, say=typer.echo, shard=(int(asked[1]) - 1, int(asked[2])), whole=ship)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", "utf-8")
     typer.echo(frame.summary(report))

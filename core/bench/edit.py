@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEFAULT = "conceptkit"
 QUICK_METHODS = (DEFAULT, "uce-2025", "rece", "trce")
 CONCEPTS = ("circle -> square", "red -> green", "robin", "gothic")
-MORE_CONCEPTS = ("star", "blue -> yellow", "apple -> car", "castle", "bird -> flower", "fruit", "joy", "festive", "striped -> plain")
+MORE_CONCEPTS = ("star", "blue -> yellow", "apple -> car", "castle", "bird -> flower", "joy", "festive")
 SETS = ("concept", "synonym", "pair", "neighbour", "unrelated", "derived", "learned")
 BEFORE = (*SETS[:5], "chance", "replacement", "learned")
 STRENGTHS = (0.25, 0.5, 0.75)
@@ -52,8 +52,8 @@ class Size:
 
 
 SIZES: Mapping[Profile, Size] = {
-    "quick": Size(CONCEPTS, Counts(64, 32, 8, 40), Counts(32, 16, 4, 0), 2, 150_000),
-    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 64, 16, 200), Counts(64, 32, 8, 0), 1000, None),
+    "quick": Size(CONCEPTS, Counts(64, 12, 2, 32, 40), Counts(32, 8, 1, 16, 0), 2, 150_000),
+    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), Counts(64, 24, 4, 32, 0), 1000, None),
 }
 
 
@@ -88,8 +88,8 @@ class EditSuite:
         jobs = [self._speed(size) for size in ("sd15", "sdxl")] + [self._official(size) for size in ("sd15", "sdxl")]
         jobs += [self._erase(DEFAULT, concept) for concept in self.size.concepts if DEFAULT in self.measured]
         jobs += [self._before(concept) for concept in self.size.concepts]
-        jobs += [self._ablation(name, concept) for name in self._ablations for concept in self.size.concepts]
         jobs += [self._erase(method, concept) for method in self.measured if method != DEFAULT for concept in self.size.concepts]
+        jobs += [self._ablation(name, concept) for concept in self.size.concepts for name in self._ablations]
         if self.profile == "full":
             jobs += [self._erase(DEFAULT, concept, strength) for strength in STRENGTHS for concept in self.size.concepts]
             jobs += [self._erase(DEFAULT, concept, hard=True) for concept in self.size.concepts]
@@ -105,10 +105,15 @@ class EditSuite:
 
     def _erase(self, method: str, concept: str, strength: float = 1.0, *, hard: bool = False) -> Job:
         asked = {"method": method, "concept": concept, "strength": strength, "hard": hard}
-        return self._edited(f"erase, {method}", measure_edit, asked, self.size.counts, SETS, baseline=method != DEFAULT)
+        default, further = method == DEFAULT, hard or strength != 1
+        # Learning costs most, and is what the default is judged by; of edits for the certificate alone only the attacks are drawn.
+        sets = ("concept", "derived", "learned") if further else SETS if default or self.profile == "full" else SETS[:-1]
+        part = "erase, for the certificate" if further else f"erase, {method}"
+        return self._edited(part, measure_edit, asked, self.size.counts, sets, baseline=not default)
 
     def _ablation(self, name: str, concept: str) -> Job:
-        return self._edited("ablation", measure_ablation, {"without": name, "concept": concept}, self.size.ablation, SETS[:-1])
+        asked = {"without": name, "concept": concept}
+        return self._edited("ablation", measure_ablation, asked, self.size.ablation, SETS[:-1], baseline=True)
 
     def _edited(
         self,
@@ -131,11 +136,13 @@ class EditSuite:
         return Job("before the edit", measure_before, asked, evals, (str(PROTOCOL), weights_digest(self.model)), baseline=True)
 
     def _speed(self, size: str) -> Job:
-        return Job("speed", measure_speed, {"size": size, "threads": THREADS}, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
+        # The key is new each time: seconds of another day or machine say nothing.
+        asked = {"size": size, "threads": THREADS, "methods": size == "sd15" or self.profile == "full"}
+        return Job("speed", measure_speed, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
 
     def _official(self, size: str) -> Job:
         asked = {"size": size, "threads": THREADS, "layers": self.size.official_layers}
-        return Job("speed, the published loops", measure_official, asked, 0, (str(PROTOCOL),), exclusive=True)
+        return Job("speed, the published loops", measure_official, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
 
     def _on_demo(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": self.model, "world": "shapes", **arguments}

@@ -56,13 +56,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Counts:
-    """Pictures a prompt: of the concept (its synonyms and prompts of two things alike), of each neighbour, of each unrelated word."""
+    """Pictures: of the concept (of each synonym and of prompts of two things alike), each neighbour, each unrelated word, and after an
+    attack; learn: steps of textual inversion."""
 
     concept: int
     neighbour: int
     unrelated: int
+    attack: int
     learn: int
-    """Steps of textual inversion; 0 measures none."""
 
 
 def cases(world: World, concept: Concept, counts: Counts) -> dict[str, list[Case]]:
@@ -84,7 +85,7 @@ def cases(world: World, concept: Concept, counts: Counts) -> dict[str, list[Case
         "unrelated": [
             Case(TEMPLATE.replace("{}", text), 54_000 + i, text) for text in unrelated(world, concept) for i in range(counts.unrelated)
         ],
-        "chance": [Case("", seed + 5_000, word.text) for seed in seeds],
+        "chance": [Case("", 55_000 + i, word.text) for i in range(counts.attack)],
     }
     return found
 
@@ -135,8 +136,7 @@ def measure_before(model: str, world: str, concept: str, counts: Mapping[str, in
         # How often the replacement's own prompt shows it: what an edit can reach at best.
         own = [Case(TEMPLATE.replace("{}", asked.replacement), 50_000 + i, asked.replacement) for i in range(budget.concept)]
         hits["replacement"] = judged(known, own, look(loaded, own, None))
-    if budget.learn:
-        hits["learned"] = learned(loaded, known, asked, None, budget)
+    hits["learned"] = learned(loaded, known, asked, None, budget)
     return {"hits": hits, "evals": loaded.meter.evals - before}
 
 
@@ -188,7 +188,7 @@ def _drawn(model: Model, world: str, asked: Concept, edit: ContextEdit, budget: 
                 hits["replacement"] = judged(known, [replace(case, word=asked.replacement) for case in listed], readings)
     if "derived" in sets:
         hits["derived"] = derived(model, known, asked, edit, budget)
-    if "learned" in sets and budget.learn:
+    if "learned" in sets:
         hits["learned"] = learned(model, known, asked, edit, budget)
     certificate = {} if edit.report is None else edit.report.to_json()
     return {"hits": hits, "rank": edit.rank, "report": certificate, "evals": model.meter.evals - before}
@@ -197,11 +197,9 @@ def _drawn(model: Model, world: str, asked: Concept, edit: ContextEdit, budget: 
 def planned(world: World, concept: Concept, counts: Counts, sets: Sequence[str]) -> int:
     """The evals of ``measure_edit``, and with every set of ``cases``, ``replacement`` and ``learned`` those of ``measure_before``."""
     pictures = sum(len(listed) for name, listed in cases(world, concept, counts).items() if name in sets)
-    pictures += counts.concept * (("derived" in sets) + ("replacement" in sets and concept.replacement is not None))
-    evals = 2 * STEPS * pictures
-    if "learned" in sets and counts.learn:
-        evals += 3 * LEARN_BATCH * counts.learn + 2 * STEPS * counts.concept
-    return evals
+    pictures += counts.concept * ("replacement" in sets and concept.replacement is not None)
+    pictures += counts.attack * sum(name in sets for name in ("derived", "learned"))
+    return 2 * STEPS * pictures + 3 * LEARN_BATCH * counts.learn * ("learned" in sets)
 
 
 def judged(world: World, listed: Sequence[Case], readings: Sequence[Reading]) -> list[int]:
@@ -253,8 +251,8 @@ def derived(model: Model, world: World, concept: Concept, edit: ContextEdit, cou
     prompt = model.text.encode([TEMPLATE.replace("{}", concept.text)])
     attacked = replace(prompt, context=adversary(model, edit, prompt.context[0])[None])
     hits: list[int] = []
-    for first in range(0, counts.concept, BATCH):
-        seeds = range(55_000 + first, 55_000 + min(first + BATCH, counts.concept))
+    for first in range(0, counts.attack, BATCH):
+        seeds = range(56_000 + first, 56_000 + min(first + BATCH, counts.attack))
         with torch.no_grad():
             seen = readings(model, attacked, seeds, edit)
         hits += judged(world, [Case("", seed, concept.text) for seed in seeds], seen)
@@ -287,8 +285,8 @@ def learned(model: Model, world: World, concept: Concept, edit: ContextEdit | No
     slot = inverted(model, world, concept, edit, steps=counts.learn, seed=0)
     prompt = fill(TEMPLATE, [slot])
     hits: list[int] = []
-    for first in range(0, counts.concept, BATCH):
-        seeds = range(56_000 + first, 56_000 + min(first + BATCH, counts.concept))
+    for first in range(0, counts.attack, BATCH):
+        seeds = range(57_000 + first, 57_000 + min(first + BATCH, counts.attack))
         seen = readings(model, model.text.encode([prompt]).detach(), seeds, edit)
         hits += judged(world, [Case("", seed, concept.text) for seed in seeds], seen)
     return hits

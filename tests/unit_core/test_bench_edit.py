@@ -1,0 +1,190 @@
+"""The edit suite: what it draws and judges, its arithmetic, its bars, and that its speed figures compare the same edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conceptkit.core.bench import edit as suite_module
+from conceptkit.core.bench import edit_speed, erasure, frame
+from conceptkit.core.bench.edit import BEFORE, CONCEPTS, DEFAULT, QUICK_METHODS, SETS, EditSuite
+from conceptkit.core.bench.erasure import ABLATIONS, Counts, cases, neighbours, planned, unrelated
+from conceptkit.core.demo import detect
+from conceptkit.core.demo.world import shapes_world
+from conceptkit.core.edit import METHODS, Concept, ContextEdit, parse_concepts
+from conceptkit.core.edit.default import DEFAULT as SETTINGS
+from conceptkit.core.edit.solve import LowRank, Problem, minimise
+from conceptkit.core.hosts.diffusers import load_model
+
+COUNTS = Counts(4, 2, 1, 2, 1)
+WORLD = shapes_world()
+
+
+@pytest.mark.parametrize("line", [*CONCEPTS, *suite_module.MORE_CONCEPTS])
+def test_only_words_that_should_survive_are_drawn_for_survival(line: str) -> None:
+    (concept,) = parse_concepts(line)
+    word = WORLD.words[concept.text]
+    listed = cases(WORLD, concept, COUNTS)
+    survivors = {case.word for name in ("neighbour", "unrelated") for case in listed[name]}
+    assert len(survivors) >= 10
+    assert not survivors & {word.text, concept.replacement, *word.related, *word.entailed}
+    assert not any(WORLD.words[text].synonym_of == word.text for text in survivors)
+    assert len(neighbours(WORLD, word)) >= 2 and not set(neighbours(WORLD, word)) & set(unrelated(WORLD, concept))
+    assert all(case.word == word.text for name in ("concept", "synonym", "pair", "chance") for case in listed[name])
+    assert all(word.text in case.prompt.split() for case in listed["pair"])
+    assert len({case for part in listed.values() for case in part}) == sum(map(len, listed.values()))
+
+
+def test_concepts_are_of_many_kinds_and_some_are_replaced() -> None:
+    concepts = parse_concepts([*CONCEPTS, *suite_module.MORE_CONCEPTS])
+    roles = {WORLD.words[concept.text].role for concept in concepts}
+    assert len(concepts) >= 10 and {"shape", "colour", "exemplar", "category", "abstract", "style"} <= roles
+    assert any(concept.replacement for concept in concepts) and not all(concept.replacement for concept in concepts)
+    assert any(case.word == "circle" and case.prompt == "a photo of a disk" for case in cases(WORLD, Concept("circle"), COUNTS)["synonym"])
+
+
+def test_what_is_planned_is_what_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "read", lambda picture: detect.Reading("white", (), False))
+    concept, counts = Concept("circle", "square"), {"concept": 1, "neighbour": 1, "unrelated": 0, "attack": 1, "learn": 1}
+    sets = ["concept", "derived", "learned"]
+    found = erasure.measure_edit("demo", "shapes", "uce-2025", "circle -> square", 1.0, False, counts, sets)
+    assert found["evals"] == planned(WORLD, concept, Counts(**counts), sets) == 24 * 3 + 24
+    assert set(found["hits"]) == {*sets, "replacement"} and all(len(hits) == 1 for hits in found["hits"].values())
+    assert found["report"]["concepts"][0]["text"] == "circle"
+
+
+def test_the_plan_fits_the_profile_and_judges_first() -> None:
+    suite = EditSuite()
+    plan = frame.plan(suite, None)
+    assert plan.evals <= 150_000 == suite.limit
+    assert suite.measured == QUICK_METHODS and len(QUICK_METHODS) == 4
+    parts = [job.part for job in plan.fresh]
+    assert next(part for part in parts if part.startswith("erase")) == f"erase, {DEFAULT}"
+    assert parts.count(f"erase, {DEFAULT}") == 4 == parts.count("before the edit")
+    assert all(job.baseline == (job.part != f"erase, {DEFAULT}") for job in plan.fresh if not job.exclusive)
+    assert all(job.exclusive == job.part.startswith("speed") for job in suite.jobs())
+    assert all(set(job.arguments["sets"]) == set(SETS) for job in plan.fresh if job.part == f"erase, {DEFAULT}")
+
+
+def test_the_full_profile_covers_every_method_and_twenty_edits() -> None:
+    suite = EditSuite("full")
+    assert set(suite.measured) == {name for name, preset in METHODS.items() if not preset.balances}
+    edits = [job for job in suite.jobs() if job.measure is erasure.measure_edit]
+    assert len(edits) >= 20 and len({job.key for job in suite.jobs()}) == len(suite.jobs())
+    assert {job.arguments["concept"] for job in edits} == {*CONCEPTS, *suite_module.MORE_CONCEPTS}
+    assert suite.size.counts.concept == 128 and EditSuite().size.counts.concept == 64
+    assert BEFORE[:5] == SETS[:5]
+
+
+def test_ablations_change_one_setting_each() -> None:
+    for changes in ABLATIONS.values():
+        ((name, value),) = changes.items()
+        assert getattr(SETTINGS, name) != value
+
+
+def result(suite: EditSuite, job: frame.Job, present: dict[str, float], regenerable: float = 0.5) -> dict[str, Any]:
+    """What a job would have measured, were ``present`` the share of pictures that show their word."""
+    (concept,) = parse_concepts(job.arguments["concept"])
+    counts = Counts(**job.arguments["counts"])
+    listed = {name: len(part) for name, part in cases(WORLD, concept, counts).items()}
+    listed |= {"derived": counts.attack, "learned": counts.attack, "replacement": counts.concept if concept.replacement else 0}
+    hits = {name: [int(i < present[name] * n) for i in range(n)] for name, n in listed.items() if name in present and n}
+    report = {"concepts": [{"text": concept.text, "regenerable_plausible": regenerable}]}
+    return {"hits": hits, "seconds": 0.25, "rank": 8, "report": report, "evals": 0}
+
+
+def test_rows_and_bars_from_known_pictures() -> None:
+    suite = EditSuite(methods=(DEFAULT,))
+    done = {}
+    for job in suite.jobs():
+        if job.measure is erasure.measure_before:
+            done[job.key] = result(suite, job, dict.fromkeys(BEFORE, 1.0) | {"chance": 0.0})
+        elif job.measure is erasure.measure_edit:
+            after = {"concept": 0.0, "synonym": 0.25, "pair": 0.0, "neighbour": 0.5, "unrelated": 1.0, "replacement": 1.0}
+            done[job.key] = result(suite, job, after | {"derived": 1.0, "learned": 0.5})
+        elif job.measure is erasure.measure_ablation:
+            done[job.key] = result(suite, job, {"concept": 1.0, "neighbour": 1.0, "unrelated": 1.0})
+    rows = suite.rows(done, frozenset())
+    row = rows[0]
+    assert (row["set"], row["method"], row["n"], row["concepts"]) == ("erase", DEFAULT, 4 * 64, 4)
+    assert row["presence_before"] == 1 and row["presence_after"] == 0 and row["synonym_after"] == 0.25
+    assert row["neighbour_drop"] == pytest.approx(0.5) and row["unrelated_drop"] == 0
+    assert row["recovery_derived"] == 1 and row["recovery_learned"] == 0.5 and row["learned_before"] == 1
+    low, high = row["intervals"]["presence_after"]
+    assert low == pytest.approx(0, abs=1e-9) and 0.01 < high < 0.03
+    assert {entry["concept"] for entry in row["each"]} == set(CONCEPTS)
+    without = [entry for entry in rows if entry["set"] == "ablation"]
+    assert [entry["method"] for entry in without] == [f"without {name}" for name in ABLATIONS]
+    assert without[0]["presence_after"] == 1 and without[0]["unrelated_drop"] == 0
+    bars = {bar.bar: bar.met for bar in suite.bars(rows)}
+    assert bars["the concept is drawn after, at most 0.05"] and bars["unrelated words lose at most 0.03"]
+    assert not bars["under synonyms, at most 0.05"] and not bars["nearest neighbours lose at most 0.05"]
+    assert bars["the replacement is drawn, at least 0.9 of what its own prompt draws"]
+
+
+def test_the_certificate_is_a_rank_correlation() -> None:
+    suite = EditSuite("full", methods=(DEFAULT, "uce-2025"))
+    edits = [job for job in suite.jobs() if job.measure is erasure.measure_edit]
+    shares = {job.key: i / len(edits) for i, job in enumerate(edits)}
+    done = {job.key: result(suite, job, {"derived": shares[job.key]}, regenerable=shares[job.key]) for job in edits}
+    (row,) = [row for row in suite.rows(done, frozenset()) if row["set"] == "certificate"]
+    assert row["rank_corr"] > 0.99 and row["edits"] == len(edits) >= 20 and row["rank_corr_learned"] is None
+    assert suite.bars([row])[0].met
+    assert suite.bars([{**row, "edits": 19}])[0].met is None
+
+
+def test_speed_rows_compare_like_with_like() -> None:
+    suite = EditSuite()
+    found = {}
+    for job in suite.jobs():
+        if job.measure is edit_speed.measure_speed:
+            found[job.key] = {"seconds": 0.5, "peak_mb": 100.0, "gram_seconds": 0.5, "threads": 2, "evals": 0}
+            found[job.key] |= {"rece_seconds": 0.6, "default_seconds": 4.0} if job.arguments["methods"] else {}
+        if job.measure is edit_speed.measure_official:
+            found[job.key] = {"official_seconds": 10.0, "vectorised_seconds": 5.0, "threads": 2, "layers": 2, "evals": 0}
+    rows = suite.rows(found, frozenset())
+    assert [row["size"] for row in rows] == ["sd15", "sdxl"] and all(row["ratio"] == 20 for row in rows)
+    bars = {bar.bar: bar.met for bar in suite.bars(rows)}
+    assert bars["sd15: at least 20 times as fast as published"] and not bars["sd15: rece_seconds at most 0.5"]
+
+
+def test_the_published_loops_and_the_solver_find_the_same_weights(tmp_path: Path) -> None:
+    width, columns = 24, 5
+    generator = torch.Generator().manual_seed(0)
+    weight, c, a = (torch.randn(size, generator=generator) for size in ((16, width), (width, columns), (width, columns)))
+    found = minimise(Problem(c.double(), a.double(), torch.ones(columns, dtype=torch.float64), edit_speed.RIDGE))
+    ours = weight.double() @ (torch.eye(width, dtype=torch.float64) + found.u @ found.v.T)
+    for loop in edit_speed.LOOPS.values():
+        theirs = loop(weight, c, a).double()
+        assert float((theirs - ours).norm() / ours.norm()) < 1e-4
+
+
+def test_speed_is_measured_on_stored_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = edit_speed.StoredLayers(tmp_path / "layers", 32, {16: 2, 8: 2}).write()
+    shapes = [tuple(weight.shape) for _, weight in layers.key_values()]
+    assert shapes == [(16, 32), (16, 32), (8, 32), (8, 32)]
+    assert len({path for path, _ in layers.key_values()}) == 4
+    again = list(layers.key_values())
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(layers.key_values(), again, strict=True))
+    monkeypatch.setattr(edit_speed, "LAYERS", {"tiny": ("sd1", 32, {16: 2, 8: 2})})
+    threads = torch.get_num_threads()
+    try:
+        ours = edit_speed.measure_speed("tiny", 1, methods=False)
+        theirs = edit_speed.measure_official("tiny", 1, 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert ours["seconds"] > 0 and ours["gram_seconds"] > 0 and "default_seconds" not in ours
+    assert theirs["official_seconds"] > 0 and theirs["vectorised_seconds"] > 0
+
+
+def test_an_unedited_model_needs_no_adversary() -> None:
+    model = load_model("demo")
+    with torch.no_grad():
+        context = model.text.encode(["a photo of a circle"]).context[0]
+    factors = torch.zeros(context.shape[1], 1)
+    edit = ContextEdit("sd1", LowRank(factors, factors))
+    found = erasure.adversary(model, edit, context)
+    assert found.shape == context.shape
+    assert float((found - context).norm() / context.norm()) < 1e-2
