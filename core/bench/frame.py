@@ -117,10 +117,10 @@ class Plan:
         yield f"planned: at most {self.evals:,} evals in {len(self.fresh)} measurements"
 
 
-def plan(suite: Suite, parts: Path | None, shard: tuple[int, int] = (0, 1)) -> Plan:
+def plan(suite: Suite, parts: Path | None, shard: tuple[int, int] = (0, 1), *, whole: bool = False) -> Plan:
     """Which of the suite's jobs to measure, given what is shipped and what the folder ``parts`` holds.
 
-    shard: (index, count) measures one of ``count`` parts of the jobs, the same ones wherever it runs.
+    shard: (index, count) measures one of ``count`` parts of the jobs, the same ones wherever it runs. whole: whatever the suite's limit.
     """
     shipped = _read(DATA / f"{suite.name}.json")
     fresh: list[Job] = []
@@ -132,7 +132,7 @@ def plan(suite: Suite, parts: Path | None, shard: tuple[int, int] = (0, 1)) -> P
         result = stored.get("result") or (shipped.get(job.key) if job.baseline else None)
         if result is not None:
             known[job.key] = result
-        elif suite.limit is None or planned + job.evals <= suite.limit:
+        elif whole or suite.limit is None or planned + job.evals <= suite.limit:
             fresh.append(job)
             planned += job.evals
         else:
@@ -141,14 +141,17 @@ def plan(suite: Suite, parts: Path | None, shard: tuple[int, int] = (0, 1)) -> P
     return Plan(tuple(mine), known, tuple(dropped), tuple(others))
 
 
-def run(suite: Suite, parts: Path | None, *, processes: int, say: Say, shard: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+def run(
+    suite: Suite, parts: Path | None, *, processes: int, say: Say, shard: tuple[int, int] = (0, 1), whole: bool = False
+) -> dict[str, Any]:
     """Plan, say the plan, measure, and return the report: suite, version, profile, machine, rows; bars, and what the run spent.
 
     parts: a folder that each result is written to at once and read from on the next run. processes: how many measure side by side, on
     one thread each; 0 measures in this process. What a job raises ends the run; what was measured stays in ``parts``. Runs with
     different ``shard`` may share that folder, or have theirs put together afterwards; a last run without one makes the rows of all.
+    whole: measure what is beyond the suite's limit, too.
     """
-    planned = plan(suite, parts, shard)
+    planned = plan(suite, parts, shard, whole=whole)
     say(f"bench {suite.name}, profile {suite.profile}")
     for line in planned.describe():
         say(line)

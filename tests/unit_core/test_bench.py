@@ -66,6 +66,7 @@ def test_the_plan_is_said_first_and_not_exceeded(tmp_path: Path) -> None:
     assert log.read_text().split() == ["3", "5"]  # six more evals would not have fitted, five do
     assert report["run"]["evals"] == 8 == report["run"]["planned_evals"] and report["run"]["left_out"] == 1
     assert [row["square"] for row in report["rows"]] == [9, 25]
+    assert frame.plan(suite, None, whole=True).evals == 14
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
