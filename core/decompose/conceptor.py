@@ -66,7 +66,10 @@ BUDGETS: Mapping[str, Settings] = MappingProxyType(
         "thorough": Settings(steps=1500, every=150),
     }
 )
-"""What may be spent, by name; "default" is the published budget of about 41,000 evals."""
+"""What may be spent, by name; "default" is the published budget of about 41,000 evals.
+
+The published dictionary, too, takes ``decompose_concept(..., limit=n)`` with n far above 5,000: the picture filter then leaves 5,000.
+"""
 
 
 def decompose_conceptor(task: Task) -> Decomposition:

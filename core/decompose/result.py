@@ -132,6 +132,8 @@ class Decomposition:
         lengths = {len(self.ids), *self.alpha.shape, *(len(rows) for rows in self.embeddings.values())}
         if lengths != {count} or self.alpha.ndim != 1 or (self.importance is not None and len(self.importance) != count):
             raise ValueError(f"{count} words need as many ids, weights, embeddings and importances")
+        if {self.alpha.dtype, *(rows.dtype for rows in self.embeddings.values())} != {torch.float32}:
+            raise ValueError("weights and embeddings are float32")
         if not bool((self.alpha >= 0).all()) or abs(float(self.alpha.sum()) - 1) > 1e-4:
             raise ValueError("the weights of a decomposition are at least 0 and sum to 1")
         if not self.norms or set(self.norms) != set(self.embeddings) or not set(self.norms) <= set(_EMBEDDING_KEYS):
