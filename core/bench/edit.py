@@ -52,7 +52,7 @@ class Size:
 
 
 SIZES: Mapping[Profile, Size] = {
-    "quick": Size(CONCEPTS, Counts(64, 12, 2, 32, 40), Counts(32, 8, 1, 16, 0), 2, 150_000),
+    "quick": Size(CONCEPTS, Counts(64, 12, 4, 32, 40), Counts(32, 8, 1, 16, 0), 2, 150_000),
     "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), Counts(64, 24, 4, 32, 0), 1000, None),
 }
 
