@@ -250,6 +250,10 @@ def test_word_pictures_show_what_a_ksampler_draws(comfy, bird):
     assert width > 128 * (2 + words) and height > 2 * 128
 
 
+def test_the_node_shows_what_the_model_draws(comfy):
+    assert comfy.probe("previews") == [[step, 3, [16, 16], "7"] for step in (1, 2, 3)]
+
+
 def test_a_list_of_concepts_gives_lists(comfy):
     graph = comfy.loaders() | {
         "a": node("PrimitiveString", value="bird"),

@@ -8,6 +8,7 @@ import types
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -69,6 +70,28 @@ def registered(pack, wired):
     known = [known.__name__ for known in comfy.supported_models.models]
     folders = [folder for folder in folder_paths.get_folder_paths("checkpoints") if "demo" in folder]
     return {"known": known.count("ConceptKitShapes"), "first": known[0], "folders": len(folders)}
+
+
+def previews(pack, wired):
+    """What ComfyUI is told while the pack samples: step, total, and the size of the preview."""
+    import latent_preview
+
+    hook, method, told = comfy.utils.PROGRESS_BAR_HOOK, latent_preview.args.preview_method, []
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, preview, node_id=None: told.append([value, total, preview and preview[1].size, node_id])
+    )
+    latent_preview.set_preview_method("latent2rgb")
+    try:
+        module, sampling = pack("nodes.comfy_model"), pack("core.sampling")
+        progress = module.Progress("7", wired["model"], "circle")
+        progress.EVERY = 0
+        with module.graph_model(wired["model"], wired["clip"], on_denoised=progress.show) as model, torch.no_grad():
+            noise, sigmas = sampling.initial_noise([0], 4, 16, 16), sampling.schedule(model.denoiser, 3)
+            sampling.sample(model, model.text.encode(["a circle"]), None, noise, sigmas, guidance=1, on_step=progress)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(hook)
+        latent_preview.args.preview_method = method
+    return told
 
 
 def identity(pack, wired):
