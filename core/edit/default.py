@@ -19,8 +19,8 @@ from torch import Tensor
 from ..vocabulary import candidates
 from .job import Job, Solution
 from .report import Adversary, distortion, trace
-from .solve import LowRank, Problem, annihilate, minimise
-from .texts import TEMPLATES, Concept, Prompt, common_words, fill, mentions
+from .solve import LowRank, Problem, annihilate, minimise, response
+from .texts import BATCH, TEMPLATES, Concept, Prompt, common_words, fill, mentions
 
 FRAMES = (
     "a photo of a {{}} and a {0}",
@@ -33,6 +33,12 @@ FRAMES = (
 """Prompts that say the concept beside other words."""
 
 PLAIN = TEMPLATES[0]
+STEPS = 6
+"""Bisections of the weight of captions."""
+INDEPENDENT = 0.05
+"""Smallest singular value, of unit directions, of one that says something of its own."""
+TYPICAL = 0.1
+"""A weight of captions to compare anchors at, and for the pooled text."""
 TOTAL_FRAMES = 1024
 """Prompts over all concepts of one call, beyond which each concept gets fewer."""
 
@@ -41,12 +47,13 @@ TOTAL_FRAMES = 1024
 class Settings:
     """What the method weighs. Weights are relative to one prompt's sum over positions.
 
-    last, end, padding: of a concept's positions. frames: prompts with other words. looked_at: words near a concept that may go with it,
-    replace it, or stay; synonym: those at most so far from it, as a share of what it says, go with it; apart: those at least so far may be read in its place; near: weight of the ``siblings``
-    next nearest that stay. keep: weight of a word to keep. ridge: relative to the captions' mean size. target, budget: the weight of
-    captions is the largest that leaves ``target`` of a concept, unless captions change by more than ``budget``. derived, rounds: weight
-    and rounds of derived columns. null: directions of the empty prompt that are exact. subspace: directions a concept that ``hard``
-    removes. rank, tolerance: of the edit as it is kept.
+    last, end, padding: of a concept's positions. frames: prompts with other words. looked_at: words near a concept; those at most
+    ``synonym`` from it, as a share of what it says, go with it; one of those at least ``apart`` is read in its place; the ``siblings`` next
+    nearest stay, each with weight ``near``. keep: weight of a word to keep. ridge: relative to the captions' mean size. target, budget: the
+    weight of captions is the largest, of ``least`` to ``most``, that leaves ``target`` of a concept, unless captions then change by more
+    than ``budget``. derived, rounds: weight and rounds of derived columns. null: directions of the empty prompt that are exact; empty:
+    weight of the rest of it. subspace: directions a concept that ``hard`` removes. rank (more for many concepts), tolerance: of the edit
+    as it is kept.
     """
 
     last: float = 1.0
@@ -60,11 +67,14 @@ class Settings:
     near: float = 0.02
     keep: float = 0.2
     ridge: float = 1e-4
-    target: float = 0.1
-    budget: float = 0.05
+    least: float = 0.05
+    most: float = 1.0
+    target: float = 0.08
+    budget: float = 0.02
     derived: float = 0.5
     rounds: int = 2
     null: int = 12
+    empty: float = 5.0
     subspace: int = 2
     rank: int = 64
     tolerance: float = 1e-3
@@ -87,20 +97,28 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
     """Solve the concepts of a job together."""
     targets = [_target(job, concept, settings) for concept in job.concepts]
     pairs = _pairs(job, targets, settings)
-    job.texts.load(prompt for template, ours, theirs in pairs for prompt in (fill(template, ours), fill(template, theirs)))
-    blocks = [_block(job.texts.prompt(t, ours), job.texts.prompt(t, theirs), settings) for t, ours, theirs in pairs]
-    columns, anchors, weights = (torch.cat(part, -1) for part in zip(*blocks, strict=True))
-    prompts = len(pairs) / len(job.concepts)
+    second, moved = torch.zeros(2, job.width, job.width, dtype=torch.float64)
+    for number, (template, ours, theirs) in enumerate(pairs):
+        if number % BATCH == 0:
+            ahead = pairs[number : number + BATCH]
+            job.texts.load(fill(t, word) for t, *both in ahead for word in both)
+        c, a, w = _block(job.texts.prompt(template, ours), job.texts.prompt(template, theirs), settings)
+        w = w * (len(job.concepts) / len(pairs))
+        second += (c * w) @ c.T
+        moved += ((a - c) * w) @ c.T
     erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
     captions, pooled_captions = _without(job, erased)
     stay = {word: settings.near for target in targets for word in target.siblings} | dict.fromkeys(job.keep, settings.keep)
     ridge = settings.ridge * float(captions.diagonal().mean())
-    base = Problem(columns, anchors, weights / prompts, ridge, _staying(job, stay), invariant=_null(job, settings.null))
+    none = torch.zeros(job.width, 0, dtype=torch.float64)
+    null = job.texts.context("")
+    preserve = _staying(job, stay) + settings.empty * null.T @ null
+    base = Problem(none, none, none[0], ridge, preserve, invariant=_null(job, settings.null), second=second, moved=moved)
     marks = [_marks(job, target) for target in targets]
     gram = job.gram.matrix
 
     def stated(weight: float, derived: Sequence[tuple[Tensor, Tensor]] = ()) -> Problem:
-        problem = replace(base, preserve=base.preserve + weight * captions if base.preserve is not None else weight * captions)
+        problem = replace(base, preserve=preserve + weight * captions)
         for c, a in derived:
             problem = problem.with_columns(c, a, torch.full((c.shape[1],), settings.derived, dtype=torch.float64))
         return problem
@@ -108,11 +126,11 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
     def left(edit: LowRank) -> float:
         return max(trace(edit, c, a, gram) for c, a in marks)
 
-    weight = 1.0
-    low, high = 1e-3, 1.0
-    for _ in range(8):
+    low, high = settings.least, settings.most
+    for number in range(STEPS):
         weight = math.sqrt(low * high)
         edit = minimise(stated(weight))
+        job.on_step(number, STEPS + settings.rounds, {"left": left(edit)})
         if left(edit) > settings.target and distortion(edit, captions, gram) < settings.budget:
             high = weight
         else:
@@ -121,19 +139,20 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
     edit = minimise(problem)
     derived: list[tuple[Tensor, Tensor]] = []
     for number in range(settings.rounds):
-        job.on_step(number, settings.rounds, {"left": left(edit)})
         adversary = Adversary(edit, gram, captions)
         found = [(torch.stack([adversary.derive(x) for x in c.T], 1), a) for c, a in marks]
         further = stated(low, [*derived, *found])
         attempt = minimise(further)
+        job.on_step(STEPS + number, STEPS + settings.rounds, {"left": left(attempt)})
         if distortion(attempt, captions, gram) > settings.budget:
             break
         derived, problem, edit = [*derived, *found], further, attempt
-    edit = edit.truncate(settings.tolerance, settings.rank, gram, captions)
+    edit = edit.truncate(settings.tolerance, max(settings.rank, 4 * len(targets)), gram, captions)
     if job.hard:
-        away = [torch.linalg.svd(c - a, full_matrices=False)[0][:, : settings.subspace] for c, a in marks]
-        edit = annihilate(edit, torch.cat(away, 1), problem)
-    job.on_step(settings.rounds, settings.rounds, {"left": left(edit)})
+        away = torch.cat([torch.linalg.svd(c - a, full_matrices=False)[0][:, : settings.subspace] for c, a in marks], 1)
+        axes, sizes, _ = torch.linalg.svd(away, full_matrices=False)
+        edit = annihilate(edit, axes[:, sizes > INDEPENDENT], problem)
+    job.on_step(STEPS + settings.rounds, STEPS + settings.rounds, {"left": left(edit)})
     chosen: dict[str, float | str | bool] = {**asdict(settings), "captions": low, "hard": job.hard, "derived_columns": len(derived)}
     chosen["with"] = ", ".join(word for target in targets for word in target.synonyms)
     read_as = tuple(target.anchor for target in targets)
@@ -169,7 +188,7 @@ def _target(job: Job, concept: Concept, settings: Settings) -> _Target:
 def _least_cost(job: Job, concept: Concept, words: Sequence[str], settings: Settings) -> str:
     """The word that takes a concept's place at the least change to captions: one of its own kind, which also keeps pictures whole.
 
-    The columns are the concept's, whatever the anchor, so all candidates share one factorisation.
+    The columns are the concept's, whatever the anchor, so all candidates share one solution.
     """
     templates = TEMPLATES[:4]
     job.texts.load(fill(t, word) for t in templates for word in (concept.text, *words))
@@ -177,10 +196,17 @@ def _least_cost(job: Job, concept: Concept, words: Sequence[str], settings: Sett
     captions, gram = job.corpus.covariance, job.gram.matrix
     ridge = settings.ridge * float(captions.diagonal().mean())
 
+    def blocks(word: str) -> tuple[Tensor, Tensor, Tensor]:
+        read = [_block(source, job.texts.prompt(t, word), settings) for t, source in zip(templates, sources, strict=True)]
+        c, a, w = (torch.cat(part, -1) for part in zip(*read, strict=True))
+        return c, a, w / len(templates)
+
+    c, a, w = blocks(words[0])
+    down = response(Problem(c, a, w, ridge, TYPICAL * captions))
+
     def cost(word: str) -> float:
-        blocks = [_block(source, job.texts.prompt(t, word), settings) for t, source in zip(templates, sources, strict=True)]
-        c, a, w = (torch.cat(part, -1) for part in zip(*blocks, strict=True))
-        return distortion(minimise(Problem(c, a, w / len(templates), ridge, 0.05 * captions)), captions, gram)
+        c, a, _ = blocks(word)
+        return distortion(LowRank(a - c, down), captions, gram)
 
     return min(words, key=cost)
 
@@ -241,10 +267,8 @@ def _without(job: Job, erased: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     return total / rest, None if pooled is None else pooled / rest
 
 
-def _staying(job: Job, words: Mapping[str, float]) -> Tensor | None:
+def _staying(job: Job, words: Mapping[str, float]) -> Tensor:
     """Weighted second moments of prompts about words that must stay, (width, width)."""
-    if not words:
-        return None
     templates = TEMPLATES[:4]
     job.texts.load(fill(t, word) for t in templates for word in words)
     total = torch.zeros(job.width, job.width, dtype=torch.float64)
@@ -280,5 +304,5 @@ def _pooled(job: Job, pairs: Sequence[tuple[str, str, str]], captions: Tensor | 
     c, a = torch.stack(columns, 1), torch.stack(anchors, 1)
     weights = torch.full((c.shape[1],), len(job.concepts) / c.shape[1], dtype=torch.float64)
     ridge = settings.ridge * float(captions.diagonal().mean())
-    problem = Problem(c, a, weights, ridge, 0.05 * captions, invariant=None if null is None else null[:, None])
+    problem = Problem(c, a, weights, ridge, TYPICAL * captions, invariant=None if null is None else null[:, None])
     return minimise(problem).truncate(settings.tolerance, settings.rank, job.gram.pooled, captions)

@@ -33,6 +33,8 @@ METHODS: Mapping[str, Preset] = {
 }
 """Every method by name, the default first."""
 
+EXACT = 1e-7
+"""What float32 factors cannot tell from nothing, relative."""
 REPORT_TEMPLATE = "a photo of a {}"
 MAX_LAYER_COLUMNS = 64
 """Concepts' columns that are traced layer by layer; of further concepts only the sum over layers is."""
@@ -79,9 +81,11 @@ def solve_edit(
         raise NonFinite("the text encoder returns NaN or infinity: load it in fp32, and check any LoRA on it")
     solution = METHODS[method].solve(job)
     model.before_call()
+    # Orthogonal factors: the solver's own may cancel each other, which the precision of files does not forgive.
+    context = solution.context if solution.gains else solution.context.truncate(EXACT, job.width)
     edit = ContextEdit(
         family=model.family,
-        context=single(solution.context),
+        context=single(context),
         pooled=None if solution.pooled is None else single(solution.pooled),
         gains=solution.gains,
         concepts=listed,
@@ -112,7 +116,7 @@ def _concept(item: Concept | str) -> Concept:
 def _measure(job: Job, edit: ContextEdit) -> Report:
     found = LowRank(edit.context.u.double().cpu(), edit.context.v.double().cpu())
     gram, covariance = job.gram.matrix, job.corpus.covariance
-    near = _near(job)
+    near = _near(job, str(edit.settings.get("with", "")).split(", "))
     job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near))
     marks = [_marks(job, concept.text, anchor) for concept, anchor in zip(edit.concepts, edit.anchors, strict=True)]
     adversary = Adversary(found, gram, covariance)
@@ -147,10 +151,10 @@ def _marks(job: Job, word: str, instead: str) -> tuple[Tensor, Tensor]:
     return ours.context[[ours.last, ours.end]].T, theirs.context[[max(theirs.last, 0), theirs.end]].T
 
 
-def _near(job: Job) -> tuple[str, ...]:
-    """Words near the concepts that are neither concepts nor to be kept."""
+def _near(job: Job, along: Sequence[str]) -> tuple[str, ...]:
+    """Words near the concepts that are neither concepts, nor to be kept, nor go ``along`` with a concept."""
     each = max(4, NEIGHBOURS // max(1, len(job.concepts)))
-    said = {word for concept in job.concepts for word in concept.text.lower().split()} | {word.lower() for word in job.keep}
+    said = {word for concept in job.concepts for word in concept.text.lower().split()} | {word.lower() for word in (*job.keep, *along)}
     words: dict[str, None] = {}
     for concept in job.concepts[:NEIGHBOURS]:
         pool = candidates(job.model.text, concept.text, limit=each + len(said), words=common_words(job.model), keep_concept=True)

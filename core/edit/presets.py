@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from .job import Job, Solution
 from .layers import cross_attention, weights
-from .solve import LowRank, Problem, minimise
+from .solve import LowRank, Problem, minimise, response
 from .texts import Concept, Prompt, Texts
 
 Span: TypeAlias = Callable[[Prompt, Prompt], tuple[list[int], list[int]]]
@@ -210,9 +210,7 @@ def balance(recipe: Recipe, *, scaled: bool) -> Callable[[Job], Solution]:
                 "this method balances: give every concept attributes with shares, as in Concept('doctor', attributes=(('woman', 0.2),))"
             )
         stated = problem(job, recipe)
-        down = minimise(stated).v  # D does not depend on the targets
-        if down.shape[1] != stated.columns.shape[1]:
-            raise ValueError("too many columns to balance at once: balance fewer concepts in one call")
+        down = response(stated)
         u, v, owners = [], [], []
         start = 0
         for concept in job.concepts:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .solve import LowRank
 
-MAX_TRACE, MAX_SHIFT, MAX_NULL_DRIFT = 0.2, 0.3, 1e-3
+MAX_TRACE, MAX_SHIFT, MAX_NULL_DRIFT = 0.2, 0.3, 1e-2
 """Figures above which a report warns: of a concept, of a word to keep, of the empty prompt."""
 
 LIMITS = (
@@ -80,7 +80,9 @@ class Report:
             if w.shift > MAX_SHIFT
         ]
         if self.null_drift > MAX_NULL_DRIFT:
-            found.append(f"the empty prompt moves by {self.null_drift:.1%}, so every picture changes a little: use the method conceptkit")
+            found.append(
+                f"the empty prompt moves by {self.null_drift:.1%}: apply the edit to the positive conditioning alone if that shows"
+            )
         if self.pooled_leak is not None and self.pooled_leak > MAX_TRACE:
             found.append(f"the pooled text still says the concept ({self.pooled_leak:.0%}): use the method conceptkit, which edits it too")
         return tuple(found)
@@ -135,7 +137,7 @@ def shift(edit: LowRank, columns: Tensor, origin: Tensor, gram: Tensor) -> float
     """||(T - I) c||_G / ||c - o||_G over columns (d, N) and what they would be without the word (d, N)."""
     moved = _mapped(edit, columns) - columns
     away = columns - origin
-    return math.sqrt(_ratio(float(moved.mul(gram @ moved).sum()), float(away.mul(gram @ away).sum())))
+    return _root(_ratio(float(moved.mul(gram @ moved).sum()), float(away.mul(gram @ away).sum())))
 
 
 def distortion(edit: LowRank, covariance: Tensor, gram: Tensor) -> float:
@@ -202,7 +204,7 @@ class Adversary:
         return self._recovered(missed, target - anchor)
 
     def _recovered(self, missed: Tensor, away: Tensor) -> float:
-        return max(0.0, 1 - math.sqrt(_ratio(float(missed @ self._gram @ missed), float(away @ self._gram @ away))))
+        return max(0.0, 1 - _root(_ratio(float(missed @ self._gram @ missed), float(away @ self._gram @ away))))
 
 
 def _mapped(edit: LowRank, columns: Tensor) -> Tensor:
@@ -211,6 +213,11 @@ def _mapped(edit: LowRank, columns: Tensor) -> Tensor:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
+
+
+def _root(ratio: float) -> float:
+    """The root of what is no less than 0 but for rounding."""
+    return math.sqrt(max(0.0, ratio))
 
 
 def _text(value: Any) -> str:

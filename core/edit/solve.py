@@ -6,7 +6,7 @@ T = I + U V^T; no layer appears in it. Everything here is float64 on the CPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class Problem:
 
     columns c_i and anchors a_i (d, N) with weights w_i > 0 (N,): c_i is to be read as a_i. The cost of any other change is
     S0 = ridge I + preserve + retained diag(retained_weights) retained^T, with preserve (d, d) and retained (d, R). invariant K (d, k) must
-    not change at all.
+    not change at all. second, moved: (d, d) sums of w c c^T and w (a - c) c^T over further columns, which are too many to keep.
     """
 
     columns: Tensor
@@ -93,6 +93,8 @@ class Problem:
     retained: Tensor | None = None
     retained_weights: Tensor | None = None
     invariant: Tensor | None = None
+    second: Tensor | None = None
+    moved: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -109,15 +111,11 @@ class Problem:
 
     def with_columns(self, columns: Tensor, anchors: Tensor, weights: Tensor) -> Problem:
         """The same problem with further columns."""
-        return Problem(
-            torch.cat([self.columns, columns], 1),
-            torch.cat([self.anchors, anchors], 1),
-            torch.cat([self.weights, weights]),
-            self.ridge,
-            self.preserve,
-            self.retained,
-            self.retained_weights,
-            self.invariant,
+        return replace(
+            self,
+            columns=torch.cat([self.columns, columns], 1),
+            anchors=torch.cat([self.anchors, anchors], 1),
+            weights=torch.cat([self.weights, weights]),
         )
 
 
@@ -128,12 +126,19 @@ def minimise(problem: Problem) -> LowRank:
     columns) or by Cholesky in d, then a system of size N; for more columns than d their two Gram matrices. Raises ValueError where the
     system is singular, NonFinite where the answer is no number.
     """
-    if problem.columns.shape[1] == 0:
+    count = problem.columns.shape[1]
+    if count == 0 and problem.second is None:
         return LowRank.identity(problem.width)
-    found = _by_gram(problem) if problem.columns.shape[1] > problem.width else _by_columns(problem)
+    found = _by_gram(problem) if problem.second is not None or count > problem.width else _by_columns(problem)
     if not (torch.isfinite(found.u).all() and torch.isfinite(found.v).all()):
         raise NonFinite(f"the edit came out as NaN or infinity: {_MEND}, and check the text encoder's precision")
     return found
+
+
+def response(problem: Problem) -> Tensor:
+    """D (d, N) with T = I + (A - C) D^T: how much of each column an embedding is, whatever the anchors are. Raises as ``minimise`` does."""
+    weighted = problem.columns * problem.weights
+    return _within(problem, weighted, _cholesky(problem.cost() + weighted @ problem.columns.T))
 
 
 def annihilate(edit: LowRank, subspace: Tensor, problem: Problem) -> LowRank:
@@ -156,10 +161,9 @@ def annihilate(edit: LowRank, subspace: Tensor, problem: Problem) -> LowRank:
 
 def _by_columns(problem: Problem) -> LowRank:
     k = problem.invariant
-    right = problem.columns if k is None else torch.cat([problem.columns, k], 1)
-    x = _inverse_times(problem, right)
-    xc, xk = x[:, : problem.columns.shape[1]], x[:, problem.columns.shape[1] :]
+    xc = _inverse_times(problem, problem.columns if k is None else torch.cat([problem.columns, k], 1))
     if k is not None:
+        xc, xk = xc.tensor_split([problem.columns.shape[1]], 1)
         xc = xc - xk @ _solve(k.T @ xk, xk.T @ problem.columns)
     middle = torch.diag(1 / problem.weights) + problem.columns.T @ xc
     return LowRank(problem.anchors - problem.columns, _solve(middle, xc.T).T)
@@ -167,14 +171,20 @@ def _by_columns(problem: Problem) -> LowRank:
 
 def _by_gram(problem: Problem) -> LowRank:
     weighted = problem.columns * problem.weights
-    factor = _cholesky(problem.cost() + weighted @ problem.columns.T)
-    moved = (problem.anchors - problem.columns) @ weighted.T
-    down = torch.cholesky_solve(moved.T, factor)
+    second, moved = problem.cost() + weighted @ problem.columns.T, (problem.anchors - problem.columns) @ weighted.T
+    if problem.second is not None and problem.moved is not None:
+        second, moved = second + problem.second, moved + problem.moved
+    return LowRank(torch.eye(problem.width, dtype=torch.float64), _within(problem, moved.T, _cholesky(second)))
+
+
+def _within(problem: Problem, right: Tensor, factor: Tensor) -> Tensor:
+    """S^-1 right, made orthogonal to the invariant columns."""
+    x = torch.cholesky_solve(right, factor)
     k = problem.invariant
-    if k is not None:
-        xk = torch.cholesky_solve(k, factor)
-        down -= xk @ _solve(k.T @ xk, xk.T @ moved.T)
-    return LowRank(torch.eye(problem.width, dtype=torch.float64), down)
+    if k is None:
+        return x
+    xk = torch.cholesky_solve(k, factor)
+    return x - xk @ _solve(k.T @ xk, xk.T @ right)
 
 
 def _inverse_times(problem: Problem, right: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from ..vocabulary import is_known, stem, whole_words
 from .layers import cached
 
 BATCH = 32
+"""Prompts a call."""
+MEMORY = 1 << 26
+"""Bytes of contexts that are kept for another question."""
 
 
 @dataclass(frozen=True)
@@ -97,34 +100,42 @@ class Prompt:
 
 @dataclass(eq=False)
 class Texts:
-    """A text encoder that encodes nothing twice; contexts come out as float64 on the CPU."""
+    """A text encoder that is not asked twice for what is still in memory; contexts come out as float64 on the CPU."""
 
     encoder: TextEncoder
     encodes: int = 0
-    _known: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _contexts: dict[str, Tensor] = field(default_factory=dict)
+    _pooled: dict[str, Tensor | None] = field(default_factory=dict)
 
     def load(self, prompts: Iterable[str]) -> None:
-        """Encode those of ``prompts`` that are not known yet, batched."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        """Encode those of ``prompts`` that are not in memory, batched; the oldest others make room for them."""
+        wanted = dict.fromkeys(prompts)
+        missing = [prompt for prompt in wanted if prompt not in self._contexts]
         for i in range(0, len(missing), BATCH):
             part = missing[i : i + BATCH]
             with torch.no_grad():
                 encoded = self.encoder.encode(part)
-            context = encoded.context.detach().double().cpu()
+            context = encoded.context.detach().float().cpu()
             pooled = None if encoded.pooled is None else encoded.pooled.detach().double().cpu()
             for row, prompt in enumerate(part):
-                self._known[prompt] = context[row], None if pooled is None else pooled[row]
+                self._contexts[prompt] = context[row].clone()
+                self._pooled[prompt] = None if pooled is None else pooled[row]
             self.encodes += len(part)
+        room = max(1, MEMORY // (4 * next(iter(self._contexts.values())).numel())) if self._contexts else 0
+        for prompt in [p for p in self._contexts if p not in wanted][: max(0, len(self._contexts) - room)]:
+            del self._contexts[prompt]
 
     def context(self, prompt: str) -> Tensor:
         """(positions, width)."""
-        self.load([prompt])
-        return self._known[prompt][0]
+        if prompt not in self._contexts:
+            self.load([prompt])
+        return self._contexts[prompt].double()
 
     def pooled(self, prompt: str) -> Tensor | None:
         """(pooled width,), where the model has a pooled text."""
-        self.load([prompt])
-        return self._known[prompt][1]
+        if prompt not in self._pooled:
+            self.load([prompt])
+        return self._pooled[prompt]
 
     def prompt(self, template: str, concept: str) -> Prompt:
         """``template`` with ``concept`` at its ``{}`` (an empty concept leaves the words around it), and where it stands."""

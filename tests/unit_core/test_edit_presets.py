@@ -24,7 +24,7 @@ class Words:
     """A text encoder of random numbers at a real size: every position of a prompt has a context that depends on all words up to it."""
 
     vocabulary: Mapping[str, int] = {
-        f"{word}</w>": i for i, word in enumerate("a an photo picture of pack blue roses cat dog doctor man".split())
+        f"{word}</w>": i for i, word in enumerate(("a", "photo", "of", "pack", "blue", "roses", "cat", "dog", "doctor", "man"))
     }
     tables: Mapping[str, Tensor] = {"l": torch.randn(40000, 4, generator=torch.Generator().manual_seed(0))}
 
