@@ -225,7 +225,7 @@ def graph_identity(*parts: ModelPatcher | CLIP | VAE) -> str | None:
 
     None when it cannot be told, because a node changed how the model computes by code of its own (FreeU, LoRAs in bypass mode).
     """
-    digest = blake3(max_threads=blake3.AUTO)
+    digest = blake3(max_threads=torch.get_num_threads())
     try:
         for part in parts:
             _hash(digest, [type(part), getattr(part, "layer_idx", None), type(getattr(part, "tokenizer", None))])
