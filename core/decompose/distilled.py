@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..artifact import ArtifactError, Header, Spec, content_hash, read, write
-from ..model import Conditioning
+from ..model import Conditioning, OutOfMemory
 from .fidelity import explained, measure, picture_seeds, sampled_states
 from .mixture import Mixture
 from .result import RELIABLE_R2, Attempt, Decomposition
@@ -79,17 +79,18 @@ def decompose_distilled(task: Task) -> Decomposition:
     return _Fit(task, task.choose(BUDGETS)).run()
 
 
-def evidence(missed: float, cosine: float, words: int, candidates: int) -> float:
+def evidence(missed: float, cosine: float, words: int, candidates: int, width: int) -> float:
     """How well ``words`` out of ``candidates`` account for a concept, in nats; only differences mean anything.
 
-    missed: 1 - R2. cosine: between the mixture and the concept's own embedding, 0 if unknown. Likelihoods of Gaussian errors of unknown
-    size, as of 12 independent numbers that the predictions and 64 that the embedding contribute, less log ``candidates`` for naming each
-    word: a word must pay for itself, and where predictions hardly tell two sets apart, the embedding does. Chance cosines count little,
-    as log(1 - cosine^2) is flat near 0.
+    missed: 1 - R2. cosine: between the mixture and the concept's own embedding of ``width`` numbers, 0 if unknown. Likelihoods of Gaussian
+    errors of unknown size, as of 12 independent numbers that the predictions and 64 that the embedding contribute, less log
+    ``candidates`` for naming each word: a word must pay for itself, and where predictions hardly tell two sets apart, the embedding does,
+    by what exceeds the squared cosine 2 log(candidates) / width that the best of as many random directions has.
     """
+    beyond_chance = max(0.0, min(cosine, 1.0) ** 2 - 2 * math.log(candidates) / width)
     return (
-        -0.5 * _PREDICTION_WEIGHT * math.log(max(missed, 0) + _FLOOR)
-        - 0.5 * _EMBEDDING_WEIGHT * math.log(1 - min(cosine, 1) ** 2 + _FLOOR)
+        -0.5 * _PREDICTION_WEIGHT * math.log(max(missed, 0.0) + _FLOOR)
+        - 0.5 * _EMBEDDING_WEIGHT * math.log(1 - beyond_chance + _FLOOR)
         - words * math.log(candidates)
     )
 
@@ -224,7 +225,8 @@ class _Fit:
     def _ranked(self, surrogate: Surrogate, alphas: Tensor, r2: Tensor) -> list[int]:
         """Rows of alphas by falling evidence."""
         cosines, sizes = surrogate.cosine(alphas).tolist(), (alphas > 0).sum(1).tolist()
-        scores = [evidence(1 - r, c, n, len(self.mixture)) for r, c, n in zip(r2.tolist(), cosines, sizes, strict=True)]
+        candidates, width = len(self.mixture), sum(rows.shape[1] for rows in self.mixture.embeddings.values())
+        scores = [evidence(1 - r, c, n, candidates, width) for r, c, n in zip(r2.tolist(), cosines, sizes, strict=True)]
         return sorted(range(len(scores)), key=lambda i: -scores[i])
 
     def _rows(self, states: States, at: Conditioning, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -234,24 +236,38 @@ class _Fit:
         the sum over all states.
         """
         rows, offsets = [], []
-        chance = self._weights(states)
+        chance, flat_at = self._weights(states), flat(at)[0].detach().float()
         for start in range(0, self.options.rows, self.options.batch):
             size = min(self.options.batch, self.options.rows - start)
             picked = torch.multinomial(chance, size, replacement=True, generator=generator)
             batch = states[picked.to(states.x.device)]
             signs = (torch.randint(2, batch.x.shape, generator=generator) * 2.0 - 1).to(batch.x.device)
-            variable = at.map(lambda t, size=size: t.detach().expand(size, *t.shape[1:]).clone().requires_grad_())  # type: ignore[misc]
-            with torch.enable_grad():
-                x0 = self.model.denoise(batch.x, batch.sigma, variable)
-                projected = ((x0 - batch.teacher) / batch.sigma.view(-1, 1, 1, 1) * signs).flatten(1).sum(1)
-            inputs = [variable.context] if variable.pooled is None else [variable.context, variable.pooled]
-            gradients = torch.autograd.grad(projected.sum(), inputs)
-            row = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
+            row, value = self._projected(batch, signs, at)
             scale = chance[picked].rsqrt().to(row.device)
             rows.append(row * scale[:, None])
-            offsets.append(((row @ flat(at)[0].detach().float()) - projected.detach()) * scale)
+            offsets.append((row @ flat_at - value) * scale)
             self.tally.report()
         return torch.cat(rows), torch.cat(offsets)
+
+    def _projected(self, states: States, signs: Tensor, at: Conditioning) -> tuple[Tensor, Tensor]:
+        """Gradients (n, size) in the conditioning, and values (n,), of each state's residual along ``signs``; halved while too large."""
+        size = len(states)
+        variable = at.map(lambda t: t.detach().expand(size, *t.shape[1:]).clone().requires_grad_())
+        try:
+            with torch.enable_grad():
+                x0 = self.model.denoise(states.x, states.sigma, variable)
+                projected = ((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1) * signs).flatten(1).sum(1)
+            inputs = [variable.context] if variable.pooled is None else [variable.context, variable.pooled]
+            gradients = torch.autograd.grad(projected.sum(), inputs)
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            if size == 1:
+                raise OutOfMemory(
+                    "a gradient through the model does not fit in memory even for one picture: use smaller pictures, or free memory first"
+                ) from error
+        else:
+            return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float(), projected.detach().float()
+        halves = [self._projected(states[part], signs[part], at) for part in (slice(None, size // 2), slice(size // 2, None))]
+        return torch.cat([row for row, _ in halves]), torch.cat([value for _, value in halves])
 
     def _judge(self, states: States, alphas: Tensor) -> Tensor:
         """R2 of each row of alphas (n, words) on ``states``, (n,): n * len(states) evals."""

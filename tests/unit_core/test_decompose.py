@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.decompose import Decomposition, Settings, decompose_concept
-from conceptkit.core.decompose.distilled import ENOUGH
+from conceptkit.core.decompose.distilled import ENOUGH, evidence
 from conceptkit.core.decompose.mixture import Mixture, SimplexDescent
 from conceptkit.core.decompose.sparse import LeastSquares, small_nnls
 from conceptkit.core.decompose.states import States, distances, harvest
-from conceptkit.core.model import Conditioning, Meter, Model, NonFinite, Slot
+from conceptkit.core.decompose.surrogate import Surrogate, flat
+from conceptkit.core.model import Conditioning, Meter, Model, NonFinite, OutOfMemory, Slot
 from torch import Tensor
 from torch.nn.functional import normalize, softmax
 
@@ -265,27 +268,142 @@ def test_bad_input_is_named() -> None:
     assert model.meter.calls == 0
 
 
+def in_double(model: Model) -> Model:
+    """The same world in double precision, where finite differences can be fine."""
+    text, denoiser = model.text, model.denoiser
+    assert isinstance(text, Text) and isinstance(denoiser, Denoiser)
+    text.tables = {name: table.double() for name, table in text.tables.items()}
+    text.layers = [[matrix.double() for matrix in layer] for layer in text.layers]
+    text.position = text.position.double()
+    for name in ("means", "logits", "shift", "centre", "apart"):
+        setattr(denoiser, name, getattr(denoiser, name).double())
+    return model
+
+
+def some_words(model: Model, names: Sequence[str] = NAMES[:5]) -> Mixture:
+    return Mixture.of(model, "a photo of a {}", {word: model.text.vocabulary[f"{word}</w>"] for word in names})
+
+
+def finite_differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-6) -> Tensor:
+    """d function / d at, (..., len(at)), by central differences."""
+    with torch.no_grad():
+        sides = torch.eye(len(at), dtype=at.dtype) * step
+        return torch.stack([(function(at + side) - function(at - side)) / (2 * step) for side in sides], dim=-1)
+
+
 def test_gradients_with_respect_to_alpha_match_finite_differences() -> None:
-    model = world(("l", "g"))
-    pool = {word: model.text.vocabulary[f"{word}</w>"] for word in NAMES[:5]}
-    mixture = Mixture.of(model, "a photo of a {}", pool)
+    model = in_double(world(("l", "g")))
+    mixture = some_words(model)
     states = harvest(model, model.text.encode(["a photo of a wba"]), model.text.encode([""]), [3], height=4, width=4, steps=5, guidance=2.0)
     batch = states[1:4]
 
     def loss(alpha: Tensor) -> Tensor:
         return batch.distance(model.denoise(batch.x, batch.sigma, mixture.encode(alpha[None]))).sum()
 
-    alpha = torch.tensor([0.4, 0.1, 0.2, 0.2, 0.1], requires_grad=True)
+    alpha = torch.tensor([0.4, 0.1, 0.2, 0.2, 0.1], dtype=torch.double, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss(alpha), alpha)
+    assert torch.allclose(gradient, finite_differences(loss, alpha.detach()), rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+    # only the direction of the combination matters
+    assert float(gradient @ alpha.detach()) == pytest.approx(0, abs=1e-9 * float(gradient.abs().max()))
+    assert torch.allclose(mixture.encode(alpha[None]).context, mixture.encode(3 * alpha[None]).context, atol=1e-12)
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.3])
+def test_the_surrogate_s_equations_are_its_derivatives_and_vanish_along_alpha(pull: float) -> None:
+    model = in_double(world(("l", "g")))
+    mixture = some_words(model)
+    truth = torch.tensor([0.6, 0.0, 0.4, 0.0, 0.0], dtype=torch.double)
     with torch.no_grad():
-        for index in range(5):
-            h = torch.zeros(5)
-            h[index] = 2e-3
-            difference = (loss(alpha + h) - loss(alpha - h)) / 4e-3
-            assert float(gradient[index]) == pytest.approx(float(difference), rel=0.01, abs=3e-3 * float(gradient.abs().max()))
-        # only the direction of the combination matters
-        assert float(gradient @ alpha) == pytest.approx(0, abs=1e-4 * float(gradient.abs().max()))
-        assert torch.allclose(mixture.encode(alpha[None]).context, mixture.encode(3 * alpha[None]).context, atol=1e-5)
+        target = flat(mixture.encode(truth[None]))[0]
+    rows = torch.randn(12, len(target), generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    token = torch.cat([normalize(truth @ words, dim=0) for words in mixture.embeddings.values()])
+    surrogate = Surrogate(mixture, rows, rows @ target, token, pull)
+    alpha = torch.tensor([0.3, 0.3, 0.2, 0.1, 0.1], dtype=torch.double)
+    system, goal = surrogate.equations(alpha)
+    jacobian = finite_differences(lambda a: surrogate.residual(a[None])[0], alpha)
+    scale = float(jacobian.norm())
+    # reduced by a rotation, so compared by what least squares sees
+    gauge = torch.full((1, 5), scale / 5**0.5, dtype=torch.double)
+    expected = torch.cat([jacobian, gauge])
+    wanted = torch.cat([-surrogate.residual(alpha[None])[0], gauge[0, :1]])
+    assert torch.allclose(system.T @ system, expected.T @ expected, rtol=1e-5, atol=1e-6 * scale**2)
+    assert torch.allclose(system.T @ goal, expected.T @ wanted, rtol=1e-4, atol=1e-5 * scale**2)
+    assert float((jacobian @ alpha).norm()) < 1e-6 * scale
+    # and where the words are the concept's nothing is left, whatever the scale of alpha
+    assert torch.allclose(surrogate.r2(torch.stack([truth, 7 * truth])), torch.ones(2, dtype=torch.double), atol=1e-10)
+    assert torch.allclose(surrogate.cosine(torch.stack([truth, 7 * truth])), torch.ones(2, dtype=torch.double))
+
+
+def test_polishing_never_loses_and_keeps_to_its_words() -> None:
+    model = world()
+    mixture = some_words(model, NAMES[:12])
+    with torch.no_grad():
+        target = flat(model.text.encode(["a photo of a wbc"]))[0]
+    rows = torch.randn(20, len(target), generator=torch.Generator().manual_seed(1)) / 20
+    surrogate = Surrogate(mixture, rows, rows @ target)
+    starts = torch.zeros(6, 12)
+    for index in range(6):
+        starts[index, torch.randperm(12, generator=torch.Generator().manual_seed(index))[: index + 1]] = 1 / (index + 1)
+    polished, scores = surrogate.polish(starts)
+    assert bool((scores >= surrogate.r2(starts)).all()) and torch.allclose(scores, surrogate.r2(polished))
+    assert bool((polished >= 0).all()) and torch.allclose(polished.sum(1), torch.ones(6)) and bool((polished[starts == 0] == 0).all())
+
+
+def test_evidence_wants_few_words_that_explain_much_near_the_embedding() -> None:
+    usual = dict(missed=0.05, cosine=0.6, words=4, candidates=500, width=96)
+    best = evidence(**usual)  # type: ignore[arg-type]
+    for worse in (dict(missed=0.2), dict(cosine=0.5), dict(words=5), dict(candidates=5000)):
+        assert evidence(**{**usual, **worse}) < best  # type: ignore[arg-type]
+    # what the best of as many random directions has says nothing
+    by_chance = (2 * math.log(500) / 96) ** 0.5
+    assert evidence(0.05, by_chance, 4, 500, 96) == evidence(0.05, 0.0, 4, 500, 96)
+    assert all(math.isfinite(evidence(missed, cosine, 1, 1, 8)) for missed in (0.0, 3.0) for cosine in (0.0, 1.0))
+
+
+def test_a_stopped_run_goes_on_from_what_it_paid_for(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    path = tmp_path / "run"
+    whole = take_apart(world(), "wab")
+    harvested = 2 * (SMALL.pictures + SMALL.heldout) * SMALL.steps
+    linearised = harvested + 3 * SMALL.rows
+    for spent, saved in ((harvested + 3 * SMALL.batch, harvested), (linearised + 1, linearised)):
+        path.unlink(missing_ok=True)
+        model = world()
+
+        def stop(step: int, total: int, metrics: object, model: Model = model, spent: int = spent) -> None:
+            if model.meter.evals >= spent:
+                raise Stop
+
+        with pytest.raises(Stop):
+            take_apart(model, "wab", checkpoint=path, on_step=stop)
+        with pytest.raises(ArtifactError, match="another decomposition"):
+            take_apart(world(), "wab", checkpoint=path, seed=1)
+        model = world()
+        resumed = take_apart(model, "wab", checkpoint=path)
+        assert model.meter.evals == whole.evals - saved and not path.exists()
+        assert resumed.content_hash() == whole.content_hash()
+
+
+def test_a_gradient_too_large_for_memory_is_taken_in_parts() -> None:
+    class Narrow(Denoiser):
+        """Room for ``room`` gradients at once."""
+
+        room = 2
+
+        def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+            if conditioning.context.requires_grad and len(x) > self.room:
+                raise torch.OutOfMemoryError
+            return super().denoise(x, sigma, conditioning)
+
+    text = Text()
+    narrow = Narrow(text)
+    found = take_apart(Model("sd1", "analytic", text, narrow), "wab")  # type: ignore[arg-type]
+    assert found.words == take_apart(world(), "wab").words
+    narrow.room = 0
+    with pytest.raises(OutOfMemory, match="smaller pictures"):
+        take_apart(Model("sd1", "analytic", text, narrow), "wab")  # type: ignore[arg-type]
 
 
 def test_states_hold_what_the_sampler_saw_with_or_without_guidance() -> None:
@@ -319,6 +437,24 @@ def test_small_nnls_meets_its_optimality_conditions() -> None:
         x = small_nnls(matrix, target)
         slope = matrix.T @ (matrix @ x - target)
         assert (x >= 0).all() and bool((slope >= -1e-6).all()) and abs(float(slope @ x)) < 1e-6
+
+
+def test_additions_are_the_columns_that_shorten_the_residual_most() -> None:
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(15, 30, generator=generator, dtype=torch.double)
+    chosen = [4, 17]
+    target = 3 * matrix[:, chosen].sum(1) + torch.randn(15, generator=generator, dtype=torch.double)
+
+    def left(columns: list[int]) -> tuple[float, float]:
+        weights = torch.linalg.lstsq(matrix[:, columns], target[:, None]).solution
+        return float((matrix[:, columns] @ weights - target[:, None]).norm()), float(weights[-1])
+
+    problem = LeastSquares(matrix, target)
+    used = [c for c, weight in zip(chosen, problem.fit(chosen).tolist(), strict=True) if weight > 0]
+    assert used == chosen  # else the comparison below would not be the same problem
+    others = {c: left([*chosen, c]) for c in range(30) if c not in chosen}
+    expected = sorted((c for c, (_, weight) in others.items() if weight > 0), key=lambda c: others[c][0])
+    assert problem.additions(chosen, 4) == expected[:4]
 
 
 def test_exchange_never_loses_and_finds_a_planted_pair() -> None:
