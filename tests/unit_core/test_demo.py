@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conceptkit.core.demo import detect, latent, render, train, world
+from conceptkit.core.demo import detect, evaluate, latent, render, train, world
 from conceptkit.core.demo.render import Scene, Thing
 from conceptkit.core.demo.world import COMPOSITE_ROLES, World
+from conceptkit.core.hosts.diffusers import load_model
 
 WORLDS = [world.shapes_world(), world.second_world()]
 VOCABULARY = Path(detect.__file__).parent / "data" / "vocab.json"
@@ -147,3 +148,12 @@ def test_no_part_of_an_exemplar_has_nearly_the_colour_of_a_background():
         for _, _, colour in parts:
             for background in render.BACKGROUNDS.values():
                 assert max(abs(a - b) for a, b in zip(colour, background, strict=True)) >= 40, (name, colour, background)
+
+
+@pytest.mark.parametrize(("source", "lexicon"), [("demo", world.shapes_world()), ("demo-second", world.second_world())])
+def test_the_models_draw_what_they_are_asked_for(source: str, lexicon: World) -> None:
+    model = load_model(source)
+    assert model.words == tuple(lexicon.words)
+    words = ["apple", "car", "rose", "star", "ring", "robin"]
+    seen = evaluate.readings(model, [f"a photo of a {word}" for word in words], range(len(words)), evaluate.Settings(steps=10))
+    assert sum(detect.present(lexicon.words[word], reading) for word, reading in zip(words, seen, strict=True)) >= 5
