@@ -34,7 +34,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "prompts with other words": {"frames": 0},
     "synonyms": {"synonym": 0.0},
     "near words that stay": {"siblings": 0},
-    "derived columns": {"rounds": 0},
+    "sparing derived columns": {"rounds": 2},
     "exact empty prompt": {"null": 0},
 }
 """What the default method is tried without, as changes to its settings."""

@@ -1,8 +1,9 @@
 """The pack's own method: what the field's closed forms do well, solved as one problem.
 
 Wherever a prompt says a concept (its last sub-token, the words after it, end token and padding, in many prompts) it is read as in the twin
-prompt that says the anchor instead; captions and near words keep their meaning; the start token and the empty prompt are exact; embeddings
-that would bring the concept back are derived and solved for jointly, from T = I, so that nothing drifts; the pooled text is edited too.
+prompt that says the anchor instead; captions and near words keep their meaning; the start token and the empty prompt are exact; the pooled
+text is edited too. Embeddings that would bring the concept back can be derived and solved for jointly, from T = I, so that nothing drifts;
+that is off, since on the demo model it moved other words about twice as far and erased no more.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Settings:
     ``synonym`` from it, as a share of what it says, go with it; one of those at least ``apart`` is read in its place; the ``siblings`` next
     nearest stay, each with weight ``near``. keep: weight of a word to keep. ridge: relative to the captions' mean size. target, budget: the
     weight of captions is the largest, of ``least`` to ``most``, that leaves ``target`` of a concept, unless captions then change by more
-    than ``budget``. derived, rounds: weight and rounds of derived columns. null: directions of the empty prompt that are exact; empty:
-    weight of the rest of it. subspace: directions a concept that ``hard`` removes. rank (more for many concepts), tolerance: of the edit
-    as it is kept.
+    than ``budget``. derived, rounds: weight and rounds of derived columns (none by default). null: directions of the empty prompt that are
+    exact; empty: weight of the rest of it. subspace: directions a concept that ``hard`` removes. rank (more for many concepts), tolerance:
+    of the edit as it is kept.
     """
 
     last: float = 1.0
@@ -67,12 +68,12 @@ class Settings:
     near: float = 0.02
     keep: float = 0.2
     ridge: float = 1e-4
-    least: float = 0.05
+    least: float = 0.1
     most: float = 1.0
-    target: float = 0.08
+    target: float = 0.05
     budget: float = 0.02
     derived: float = 0.5
-    rounds: int = 2
+    rounds: int = 0
     null: int = 12
     empty: float = 5.0
     subspace: int = 2
