@@ -330,7 +330,7 @@ def test_another_models_words_are_refused(comfy, bird):
 
 def test_an_interrupted_run_leaves_no_half_result_and_goes_on_where_it_stopped(comfy):
     state, before = comfy.probe("state"), kept(comfy, "*")
-    graph = shown(comfy, ("node", 3), node=decompose(concept="fish", method="distilled", size=64))
+    graph = shown(comfy, ("node", 3), node=decompose(concept="fish", method="distilled"))
     prompt_id = comfy.queue(graph)
     for _ in range(1200):
         if kept(comfy, "fish-*.checkpoint"):
