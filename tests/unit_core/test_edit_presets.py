@@ -73,7 +73,7 @@ class Layers:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model("sd1", "random", Words(), None, cross_attention=Layers(), words=("photo", "picture", "pack", "roses"))
+    return Model("sd1", "random", Words(), None, cross_attention=Layers(), words=("photo", "blue", "pack", "roses"))
 
 
 def context(model: Model, text: str) -> Tensor:
