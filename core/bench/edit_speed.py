@@ -164,7 +164,7 @@ def measure_speed(size: str, threads: int, methods: bool) -> Result:
             solve_edit(model, ["cat"], cache=Path(folder))
             result["default_encode_seconds"] = text.seconds - encoding
             result["default_seconds"] = time.perf_counter() - start - result["default_encode_seconds"]
-    return {**{key: round(value, 4) for key, value in result.items()}, "threads": threads, "evals": 0}
+    return {**{key: round(value, 6) for key, value in result.items()}, "threads": threads, "evals": 0}
 
 
 def measure_official(size: str, threads: int, layers: int) -> Result:
@@ -183,7 +183,7 @@ def measure_official(size: str, threads: int, layers: int) -> Result:
                 for weight in weights:
                     loop(weight, c, a)
                 totals[name] += (time.perf_counter() - start) * count / timed
-    return {**{f"{name}_seconds": round(value, 3) for name, value in totals.items()}, "threads": threads, "layers": layers, "evals": 0}
+    return {**{f"{name}_seconds": round(value, 6) for name, value in totals.items()}, "threads": threads, "layers": layers, "evals": 0}
 
 
 def as_published(weight: Tensor, columns: Tensor, anchors: Tensor) -> Tensor:
