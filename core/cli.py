@@ -548,7 +548,7 @@ def _make_up(word: Word) -> str:
 
 def _beside(world: World, concept: str, result: Decomposition) -> str:
     known = world.words[concept]
-    right = {*known.related, *(word.text for word in world.words.values() if word.synonym_of in known.related)}
+    right = world.right_words(concept)
     found = ", ".join(
         f"{share:.0%} {word}{'' if word in right else ' (?)'}" for word, share in zip(result.words, result.shares, strict=True)
     )

@@ -210,12 +210,6 @@ def halves(world: World) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return words[::2], words[1::2]
 
 
-def right_words(world: World, concept: str) -> set[str]:
-    """The right answers for a composite word: its related words and their synonyms."""
-    related = set(world.words[concept].related)
-    return related | {word.text for word in world.words.values() if word.synonym_of in related}
-
-
 def measure_planted(model: str, world: str, method: str, set_: str, draw: int, sampler_steps: int | None = None) -> Result:
     """Plant a mixture, take it apart, and compare. Two to six words in turn by ``draw``."""
     from .planted import hidden_directions, plant, recovered, token_conditioning
@@ -251,7 +245,7 @@ def measure_natural(model: str, world: str, method: str, set_: str, word: str, p
     result, seconds = _timed(loaded, word, method, dictionary, sampler_steps, words=5, seed=0)
     mixture = result.apply(loaded.text)
     (r2,) = fidelity(loaded, loaded.text.encode([TEMPLATE.replace("{}", word)]), [mixture], _FIDELITY_SEED)
-    right = right_words(known, word)
+    right = known.right_words(word)
     judged = result.words[: min(5, len(right))]
     return {
         **_cost(result, seconds),

@@ -130,6 +130,11 @@ class World:
             },
         }
 
+    def right_words(self, text: str) -> set[str]:
+        """The right answers when a word is decomposed: its related words and their synonyms."""
+        related = set(self.words[text].related)
+        return related | {word.text for word in self.words.values() if word.synonym_of in related}
+
     def component(self, text: str, rng: np.random.Generator) -> Spec:
         """One component of a word's make-up, drawn by its share."""
         make_up = self.words[text].make_up

@@ -13,7 +13,7 @@ import torch
 from conceptkit.core import decompose, score
 from conceptkit.core.bench import decompose as suite_module
 from conceptkit.core.bench import frame, planted
-from conceptkit.core.bench.decompose import COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row, right_words
+from conceptkit.core.bench.decompose import COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row
 from conceptkit.core.bench.frame import Bar, Job
 from conceptkit.core.demo.world import second_world, shapes_world
 from conceptkit.core.hosts.diffusers import load_model
@@ -179,7 +179,7 @@ def test_natural_words_and_their_right_answers() -> None:
     for world in (shapes_world(), second_world()):
         tuned, held_out = halves(world)
         assert sorted(tuned + held_out) == sorted(word.text for word in world.composites) and not set(tuned) & set(held_out)
-    assert right_words(shapes_world(), "anger") == {"red", "crimson", "cross", "triangle"}
+    assert shapes_world().right_words("anger") == {"red", "crimson", "cross", "triangle"}
 
 
 def natural(word: str, **fields: Any) -> dict[str, Any]:
