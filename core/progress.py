@@ -14,3 +14,12 @@ class OnStep(Protocol):
 
 def silent(step: int, total: int, metrics: Mapping[str, float], /) -> None:
     """Report nothing."""
+
+
+def part_of(on_step: OnStep, number: int, of: int) -> OnStep:
+    """Reports the steps of run ``number`` (from 0) of ``of`` runs of equal length as steps of them all."""
+
+    def told(step: int, total: int, metrics: Mapping[str, float], /) -> None:
+        on_step(number * total + step, of * total, metrics)
+
+    return told

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .model import Conditioning, Denoiser, Model
-from .progress import OnStep, silent
+from .model import Conditioning, Denoiser, Model, UnsupportedModel
+from .progress import OnStep, part_of, silent
 
 Sampler: TypeAlias = Literal["euler", "dpmpp_2m"]
 """The samplers' names, as ComfyUI spells them."""
@@ -105,6 +106,43 @@ def sample(
         latents = next(states)
         on_step(step, total, {"sigma": float(sigmas[step])})
     return latents
+
+
+@torch.no_grad()
+def draw(
+    model: Model,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    seeds: Sequence[int],
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+    sampler: Sampler = "dpmpp_2m",
+    batch: int | None = None,
+    on_step: OnStep = silent,
+) -> Tensor:
+    """A picture a seed from pure noise: (len(seeds), 3, height, width) in [0, 1], CPU; row i starts from the noise of ``seeds[i]``.
+
+    height and width are in pixels. positive has batch 1 or a row a seed, negative batch 1. At most ``batch`` pictures are in memory at
+    once, all of them by default. ``on_step`` counts the sampler's steps over all batches. Raises UnsupportedModel for a model without
+    autoencoder, and whatever ``sample`` raises.
+    """
+    if model.autoencoder is None:
+        raise UnsupportedModel(f"{model.name} has no autoencoder, and so no pictures: connect the VAE of the same checkpoint")
+    cells = [side // model.denoiser.downscale for side in (height, width)]
+    sigmas = schedule(model.denoiser, steps)
+    starts = range(0, len(seeds), batch or len(seeds))
+    pictures = []
+    for number, start in enumerate(starts):
+        rows = slice(start, start + starts.step)
+        noise = initial_noise(seeds[rows], model.denoiser.latent_channels, *cells)
+        prompts = positive if len(positive) == 1 else positive.map(itemgetter(rows))
+        told = part_of(on_step, number, len(starts))
+        latents = sample(model, prompts, negative, noise, sigmas, guidance=guidance, sampler=sampler, on_step=told)
+        pictures.append(model.autoencoder.decode(latents).clamp(0, 1).cpu())
+    return torch.cat(pictures)
 
 
 _Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]

@@ -317,23 +317,12 @@ def fidelity(model: Model, concept: Conditioning, others: Sequence[Conditioning]
 
 def outcomes(model: Model, world: World, word: str, prompt: Conditioning, count: int, seed: int, batch: int = 16) -> list[int]:
     """Which component of the word's make-up each of ``count`` pictures of ``prompt`` shows, by the exact detectors; -1 for none."""
-    import torch
-
     from ..demo import detect
-    from ..sampling import initial_noise, sample, schedule
+    from ..sampling import draw
 
-    if model.autoencoder is None:
-        raise ValueError("the model has no autoencoder, so its pictures cannot be read: load one that has")
-    cells = SIDE // model.denoiser.downscale
-    found: list[int] = []
-    with torch.no_grad():
-        sigmas, negative = schedule(model.denoiser, STEPS), model.text.encode([""])
-        for first in range(seed, seed + count, batch):
-            noise = initial_noise(range(first, min(first + batch, seed + count)), model.denoiser.latent_channels, cells, cells)
-            latents = sample(model, prompt, negative, noise, sigmas, guidance=_guidance())
-            for picture in model.autoencoder.decode(latents).movedim(1, -1).cpu().numpy():
-                found.append(detect.outcome(world.words[word], detect.read(picture)))
-    return found
+    negative, seeds = model.text.encode([""]), range(seed, seed + count)
+    pictures = draw(model, prompt, negative, seeds, height=SIDE, width=SIDE, steps=STEPS, guidance=_guidance(), batch=batch)
+    return [detect.outcome(world.words[word], detect.read(picture)) for picture in pictures.movedim(1, -1).numpy()]
 
 
 def planted_row(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

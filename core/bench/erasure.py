@@ -223,22 +223,15 @@ def look(model: Model, listed: Sequence[Case], edit: ContextEdit | None) -> list
 
 def readings(model: Model, positive: Conditioning, seeds: Sequence[int], edit: ContextEdit | None) -> list[Reading]:
     """What the detectors see in a picture a seed, the edit acting on what guidance adds and on what it subtracts alike."""
-    import torch
-
     from ..demo import detect
     from ..demo.evaluate import GUIDANCE
-    from ..sampling import initial_noise, sample, schedule
+    from ..sampling import draw
 
-    if model.autoencoder is None:
-        raise ValueError("the model has no autoencoder, so its pictures cannot be read: load one that has")
-    cells = SIDE // model.denoiser.downscale
-    with torch.no_grad():
-        negative = model.text.encode([""])
-        if edit is not None:
-            positive, negative = edit.apply_to_conditioning(positive), edit.apply_to_conditioning(negative)
-        noise = initial_noise(seeds, model.denoiser.latent_channels, cells, cells)
-        latents = sample(model, positive, negative, noise, schedule(model.denoiser, STEPS), guidance=GUIDANCE)
-        return [detect.read(picture) for picture in model.autoencoder.decode(latents).movedim(1, -1).cpu().numpy()]
+    negative = model.text.encode([""])
+    if edit is not None:
+        positive, negative = edit.apply_to_conditioning(positive), edit.apply_to_conditioning(negative)
+    pictures = draw(model, positive, negative, seeds, height=SIDE, width=SIDE, steps=STEPS, guidance=GUIDANCE)
+    return [detect.read(picture) for picture in pictures.movedim(1, -1).numpy()]
 
 
 def derived(model: Model, world: World, concept: Concept, edit: ContextEdit, counts: Counts) -> list[int]:

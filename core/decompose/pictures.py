@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..chart import Picture, picture_grid
 from ..model import Model
-from ..progress import OnStep, silent
-from ..sampling import Sampler, initial_noise, sample, schedule
+from ..progress import OnStep, part_of, silent
+from ..sampling import Sampler, draw
 from .result import Decomposition, fill
 
 
@@ -26,33 +26,36 @@ def word_pictures(
     steps: int = 20,
     guidance: float = 7.0,
     sampler: Sampler = "dpmpp_2m",
+    batch: int | None = None,
     on_step: OnStep = silent,
 ) -> list[Tensor]:
     """Pictures of the concept, of the mixture, and of each word by itself in the decomposition's template, strongest first.
 
     Returns 2 + words entries of (len(seeds), 3, height, width) in [0, 1], CPU; row i of each starts from the noise of ``seeds[i]``. height
-    and width are in pixels. A word's prompt is its text. ``on_step`` counts sampler steps. Costs 2 * len(seeds) * steps evals an entry
-    (half of that at guidance 1). Raises ValueError for a model without autoencoder, and whatever ``sample`` raises.
+    and width are in pixels; at most ``batch`` pictures are drawn at once. A word's prompt is its text. ``on_step`` counts sampler steps.
+    Costs 2 * len(seeds) * steps evals an entry (half of that at guidance 1). Raises whatever ``draw`` raises.
     """
-    if model.autoencoder is None:
-        raise ValueError("pictures need the autoencoder: connect the VAE of the same checkpoint")
     texts = [decomposition.concept, *decomposition.words]
     plain = model.text.encode([fill(decomposition.template, text) for text in texts])
     concept, *words = (plain.map(itemgetter(slice(i, i + 1))) for i in range(len(texts)))
     prompts = [concept, decomposition.apply(model.text), *words]
     negative = None if guidance == 1 else model.text.encode([""])
-    cells = [side // model.denoiser.downscale for side in (height, width)]
-    noise = initial_noise(seeds, model.denoiser.latent_channels, *cells)
-    sigmas = schedule(model.denoiser, steps)
-    pictures = []
-    for number, positive in enumerate(prompts):
-
-        def counted(step: int, total: int, metrics: Mapping[str, float], /, before: int = number) -> None:
-            on_step(before * total + step, len(prompts) * total, metrics)
-
-        latents = sample(model, positive, negative, noise, sigmas, guidance=guidance, sampler=sampler, on_step=counted)
-        pictures.append(model.autoencoder.decode(latents).clamp(0, 1).cpu())
-    return pictures
+    return [
+        draw(
+            model,
+            positive,
+            negative,
+            seeds,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            batch=batch,
+            on_step=part_of(on_step, number, len(prompts)),
+        )
+        for number, positive in enumerate(prompts)
+    ]
 
 
 def picture_sheet(decomposition: Decomposition, pictures: Sequence[Tensor], seeds: Sequence[int]) -> Picture:

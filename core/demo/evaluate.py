@@ -17,10 +17,10 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from ..model import Model
-from ..sampling import Sampler, initial_noise, sample, schedule
+from ..sampling import Sampler, draw
 from . import detect, render
 from .detect import Reading
-from .world import World, shapes_world
+from .world import Word, World, shapes_world
 
 STEPS, GUIDANCE = 20, 3.0
 SAMPLER: Sampler = "dpmpp_2m"
@@ -41,21 +41,24 @@ class Settings:
 @torch.no_grad()
 def pictures(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> Iterator[Tensor]:
     """One picture a prompt and seed, (3, 128, 128) in [0, 1], in order."""
-    if model.autoencoder is None:
-        raise ValueError("the model has no autoencoder, so its latents cannot be read: load one that has")
-    side = render.SIDE // model.denoiser.downscale
-    sigmas = schedule(model.denoiser, settings.steps)
     negative = model.text.encode([NEGATIVE])
     for i in range(0, len(prompts), settings.batch):
-        noise = initial_noise(seeds[i : i + settings.batch], model.denoiser.latent_channels, side, side)
-        positive = model.text.encode(list(prompts[i : i + settings.batch]))
-        latents = sample(model, positive, negative, noise, sigmas, guidance=settings.guidance, sampler=settings.sampler)
-        yield from model.autoencoder.decode(latents)
+        yield from draw(
+            model,
+            model.text.encode(list(prompts[i : i + settings.batch])),
+            negative,
+            seeds[i : i + settings.batch],
+            height=render.SIDE,
+            width=render.SIDE,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            sampler=settings.sampler,
+        )
 
 
 def readings(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> list[Reading]:
     """What the detectors see in the pictures of prompts."""
-    return [detect.read(p.permute(1, 2, 0).cpu().numpy()) for p in pictures(model, prompts, seeds, settings)]
+    return [detect.read(p.permute(1, 2, 0).numpy()) for p in pictures(model, prompts, seeds, settings)]
 
 
 def _rate(hits: Sequence[bool]) -> dict[str, Any]:
@@ -99,10 +102,15 @@ def accuracy(model: Model, task: str, count: int, settings: Settings, *, seed: i
     return _rate([right(reading) for (_, right), reading in zip(cases, seen, strict=True)])
 
 
+def _mixed(world: World) -> list[Word]:
+    """The composite and occupation words, without synonyms: those with more than one component, or with two things side by side."""
+    return [word for word in world.words.values() if (len(word.make_up) > 1 or "beside" in word.make_up[0][1]) and word.synonym_of is None]
+
+
 def model_shares(model: Model, world: World, count: int, settings: Settings, *, seed: int = 0) -> dict[str, Any]:
     """Per composite and occupation word the shares it was trained with and those the model draws, from ``count`` pictures each."""
     table: dict[str, Any] = {}
-    for word in [w for w in world.words.values() if (len(w.make_up) > 1 or "beside" in w.make_up[0][1]) and w.synonym_of is None]:
+    for word in _mixed(world):
         seen = readings(model, [f"a photo of a {word.text}"] * count, range(seed, seed + count), settings)
         drawn = detect.shares(word, seen)
         table[word.text] = {
@@ -127,8 +135,7 @@ def card(
     model: Model, world: World, settings: Settings, *, accuracy_count: int, share_count: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The figures of the model card; a count of 0 leaves its part out. ``say`` hears the plan and then each figure."""
-    words = sum((len(w.make_up) > 1 or "beside" in w.make_up[0][1]) and w.synonym_of is None for w in world.words.values())
-    total = accuracy_count * len(TASKS) + share_count * words
+    total = accuracy_count * len(TASKS) + share_count * len(_mixed(world))
     say(f"planned: {total} pictures, {total * settings.steps * 2} evals")
     figures: dict[str, Any] = {
         "world": world.name,

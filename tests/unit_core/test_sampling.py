@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conceptkit.core.model import Conditioning, Model, NonFinite
-from conceptkit.core.sampling import initial_noise, sample, schedule
+from conceptkit.core.model import Conditioning, Model, NonFinite, UnsupportedModel
+from conceptkit.core.sampling import draw, initial_noise, sample, schedule
 from torch import Tensor
 
 
@@ -146,3 +146,21 @@ def test_bad_input_is_named() -> None:
         sample(model(), mean(1.0), None, NOISE, sigmas, guidance=2)
     with pytest.raises(NonFinite):
         sample(model(), mean(float("nan")), None, NOISE, sigmas, guidance=1)
+
+
+def test_a_picture_depends_on_its_own_row_and_seed_however_many_are_drawn_at_once() -> None:
+    def decode(latents: Tensor) -> Tensor:
+        return latents[:, :1].expand(-1, 3, -1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    whole = Model("sd1", "gaussian", SimpleNamespace(), Gaussian(), SimpleNamespace(decode=decode))  # type: ignore[arg-type]
+    prompts, common = Conditioning.cat([mean(0.2), mean(0.5), mean(0.8)]), {"height": 16, "width": 24, "steps": 3, "guidance": 2.0}
+    seen: list[tuple[int, int]] = []
+    pictures = draw(whole, prompts, mean(0.1), [7, 3, 9], batch=2, on_step=lambda step, total, _: seen.append((step, total)), **common)
+    assert pictures.shape == (3, 3, 16, 24) and 0 <= float(pictures.min()) <= float(pictures.max()) <= 1
+    assert seen == [(step, 6) for step in range(1, 7)]
+    torch.testing.assert_close(draw(whole, prompts, mean(0.1), [7, 3, 9], **common), pictures)
+    torch.testing.assert_close(draw(whole, mean(0.8), mean(0.1), range(9, 11), **common)[0], pictures[2])
+    expected = sample(whole, mean(0.5), mean(0.1), initial_noise([3], 2, 2, 3), schedule(Gaussian(), 3), guidance=2.0)
+    torch.testing.assert_close(pictures[1], decode(expected)[0].clamp(0, 1))
+    with pytest.raises(UnsupportedModel, match="connect the VAE"):
+        draw(model(), mean(0.5), None, [0], height=16, width=16, steps=1, guidance=1)
