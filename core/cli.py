@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from .bench.frame import Suite
     from .decompose import Decomposition
@@ -36,10 +37,7 @@ bench = typer.Typer(no_args_is_help=True, help="Benchmarks on the demo model, wh
 app.add_typer(bench, name="bench")
 
 DEMO_CONCEPTS = ("bird", "joy", "gothic")
-"""What ``conceptkit demo`` decomposes: a word with several looks, one with two meanings at once, and an abstract mix."""
-
-WORD_PICTURES = 4
-"""Of each word alone."""
+"""What ``conceptkit demo`` decomposes: a category of several things, a feeling of a colour and two shapes, and a style."""
 
 _PIXELS = 8 * 128 * 128  # pixels sampled at once; a batch of 8 in the demo, single pictures of a real model
 
@@ -52,6 +50,7 @@ GuidanceOption = Annotated[float, typer.Option(min=1, help="Classifier-free guid
 SideOption = Annotated[
     int | None, typer.Option("--size", min=8, help="Side of the square pictures; by default what the model was trained on.")
 ]
+DemoOption = Annotated[str, typer.Option("--model", help='"demo", or a checkpoint in its layout.')]
 DeviceOption = Annotated[str, typer.Option(help='Where the model runs: "cpu", "cuda", "mps".')]
 MethodName: TypeAlias = Literal["distilled", "conceptor", "text"]
 BudgetOption = Annotated[Literal["fast", "default", "thorough"], typer.Option(help="How much may be spent.")]
@@ -121,14 +120,12 @@ def sample(
     from . import chart
 
     loaded = _load(model, device)
-    numbers = range(seed, seed + seeds)
-    pictures = _draw(loaded, loaded.text.encode([prompt]), numbers, steps, guidance, size, prompt)
-    for number, picture in zip(numbers, pictures, strict=True):
+    drawing = _Drawing(range(seed, seed + seeds), steps, guidance, size)
+    pictures = _draw(loaded, loaded.text.encode([prompt]), drawing, prompt)
+    for number, picture in zip(drawing.seeds, pictures, strict=True):
         chart.save(out / f"seed-{number}.png", picture)
     subtitle = f"{loaded.name}, {steps} steps, guidance {guidance:g}"
-    chart.save(
-        out / "sheet.png", chart.picture_grid([pictures], column_labels=[f"seed {n}" for n in numbers], title=prompt, subtitle=subtitle)
-    )
+    chart.save(out / "sheet.png", chart.picture_grid([pictures], column_labels=drawing.labels, title=prompt, subtitle=subtitle))
     typer.echo(f"{seeds} pictures and a contact sheet in {out}")
 
 
@@ -216,9 +213,7 @@ def verify(
         labels = [label for found in report.concepts for label in (found.concept, _mixture(found))]
         picture = "verify.png"
         subtitle = "each concept above what its words draw, from the same noise"
-        chart.save(
-            out / picture, chart.picture_grid(rows, labels, [f"seed {n}" for n in drawing.seeds], title=loaded.name, subtitle=subtitle)
-        )
+        chart.save(out / picture, chart.picture_grid(rows, labels, drawing.labels, title=loaded.name, subtitle=subtitle))
     out.mkdir(parents=True, exist_ok=True)
     page = markdown(report, picture)
     (out / "verify.md").write_text(page, "utf-8")
@@ -294,7 +289,7 @@ def report(
 def bench_edit(
     json_: JsonOption,
     profile: ProfileOption = "quick",
-    model: Annotated[str, typer.Option(help='"demo", or a checkpoint in its layout.')] = "demo",
+    model: DemoOption = "demo",
     methods: Annotated[str, typer.Option(help="Which methods, separated by commas; by default those of the profile.")] = "",
     processes: ProcessesOption = None,
     parts: PartsOption = None,
@@ -320,13 +315,9 @@ def _before_and_after(model: Model, edit: ContextEdit, out: Path, drawing: _Draw
     for concept in edit.concepts:
         prompt = f"a photo of a {concept.text}"
         conditioning = model.text.encode([prompt])
-        rows = [
-            _draw(model, conditioning, drawing.seeds, drawing.steps, drawing.guidance, drawing.size, f"drawing {concept.text}", applied)
-            for applied in (None, edit)
-        ]
-        labels = [f"seed {n}" for n in drawing.seeds]
+        rows = [_draw(model, conditioning, drawing, f"drawing {concept.text}", applied) for applied in (None, edit)]
         written.append(out / f"{'-'.join(concept.text.split())}.png")
-        chart.save(written[-1], chart.picture_grid(rows, ["before", "after"], labels, title=prompt, subtitle=str(concept)))
+        chart.save(written[-1], chart.picture_grid(rows, ["before", "after"], drawing.labels, title=prompt, subtitle=str(concept)))
     return written
 
 
@@ -334,7 +325,7 @@ def _before_and_after(model: Model, edit: ContextEdit, out: Path, drawing: _Draw
 def bench_decompose(
     json_: JsonOption,
     profile: ProfileOption = "quick",
-    model: Annotated[str, typer.Option(help='"demo", or a checkpoint in its layout.')] = "demo",
+    model: DemoOption = "demo",
     methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = "distilled,text,conceptor",
     processes: ProcessesOption = None,
     parts: PartsOption = None,
@@ -412,6 +403,17 @@ class _Drawing:
     guidance: float = 4.0
     size: int | None = None
 
+    @property
+    def labels(self) -> list[str]:
+        """What stands above the pictures."""
+        return [f"seed {seed}" for seed in self.seeds]
+
+    def options(self, model: Model) -> dict[str, Any]:
+        """The keyword arguments of `core.sampling.draw`, and of `word_pictures`."""
+        side = _side(model, self.size)
+        at_once = max(1, _PIXELS // side**2)
+        return {"height": side, "width": side, "steps": self.steps, "guidance": self.guidance, "batch": at_once}
+
 
 def _decompose(model: Model, concept: str, out: Path, drawing: _Drawing, **options: Any) -> Decomposition:
     """Take a concept apart with ``options`` of `decompose_concept`, and write everything that is known of it to ``out``."""
@@ -436,21 +438,16 @@ def _decompose(model: Model, concept: str, out: Path, drawing: _Drawing, **optio
 
 
 def _draw_words(model: Model, result: Decomposition, out: Path, drawing: _Drawing, subtitle: str) -> None:
-    """The concept above its words' mixture, and a sheet of what each word alone looks like."""
+    """The concept above its words' mixture, and a sheet of both beside what each word alone looks like."""
     from . import chart
+    from .decompose.pictures import picture_sheet, word_pictures
 
-    rows = _beside_its_words(model, result, drawing)
-    labels, columns = [result.concept, _mixture(result)], [f"seed {n}" for n in drawing.seeds]
-    title = f"{result.concept} and its words"
-    chart.save(out / "pictures.png", chart.picture_grid(rows, labels, columns, title=title, subtitle=subtitle))
-    few = _Drawing(drawing.seeds[:WORD_PICTURES], drawing.steps, drawing.guidance, drawing.size)
-    alone = [
-        _draw(model, model.text.encode([result.template.replace("{}", word)]), few.seeds, few.steps, few.guidance, few.size, word)
-        for word in result.words
-    ]
-    labels = [f"{word} {share:.0%}" for word, share in zip(result.words, result.shares, strict=True)]
-    columns = [f"seed {n}" for n in few.seeds]
-    chart.save(out / "words.png", chart.picture_grid(alone, labels, columns, title=f"the words of {result.concept}, each alone"))
+    with _Bar(f"drawing {result.concept} and its words") as bar:
+        drawn = word_pictures(model, result, seeds=drawing.seeds, **drawing.options(model), on_step=bar)
+    labels, title = [result.concept, _mixture(result)], f"{result.concept} and its words"
+    rows = [_eight_bit(pictures) for pictures in drawn[:2]]
+    chart.save(out / "pictures.png", chart.picture_grid(rows, labels, drawing.labels, title=title, subtitle=subtitle))
+    chart.save(out / "words.png", picture_sheet(result, drawn, drawing.seeds))
 
 
 def _beside_its_words(model: Model, result: Decomposition, drawing: _Drawing) -> list[list[NDArray[np.uint8]]]:
@@ -459,10 +456,7 @@ def _beside_its_words(model: Model, result: Decomposition, drawing: _Drawing) ->
         result.concept: model.text.encode([result.template.replace("{}", result.concept)]),
         f"the words of {result.concept}": result.apply(model.text),
     }
-    return [
-        _draw(model, conditioning, drawing.seeds, drawing.steps, drawing.guidance, drawing.size, f"drawing {label}")
-        for label, conditioning in conditionings.items()
-    ]
+    return [_draw(model, conditioning, drawing, f"drawing {label}") for label, conditioning in conditionings.items()]
 
 
 def _mixture(result: Decomposition) -> str:
@@ -503,40 +497,22 @@ def _side(model: Model, size: int | None) -> int:
 
 
 def _draw(
-    model: Model,
-    conditioning: Conditioning,
-    seeds: Sequence[int],
-    steps: int,
-    guidance: float,
-    size: int | None,
-    label: str,
-    edit: ContextEdit | None = None,
+    model: Model, conditioning: Conditioning, drawing: _Drawing, label: str, edit: ContextEdit | None = None
 ) -> list[NDArray[np.uint8]]:
     """One picture a seed, (height, width, 3), of the model or of the edited model."""
-    import torch
+    from .sampling import draw
 
-    from .model import UnsupportedModel
-    from .sampling import initial_noise, schedule
-    from .sampling import sample as run
-
-    if model.autoencoder is None:
-        raise UnsupportedModel(f"{model.name} has no autoencoder to draw pictures with: choose a complete pipeline")
-    side = _side(model, size)
-    cells = side // model.denoiser.downscale
-    batch = max(1, _PIXELS // side**2)
-    negative = model.text.encode([""]) if guidance != 1 else None
+    negative = model.text.encode([""]) if drawing.guidance != 1 else None
     if edit is not None:
         conditioning = edit.apply_to_conditioning(conditioning)
         negative = None if negative is None else edit.apply_to_conditioning(negative)
-    pictures: list[NDArray[np.uint8]] = []
-    with torch.no_grad():
-        for first in range(0, len(seeds), batch):
-            noise = initial_noise(seeds[first : first + batch], model.denoiser.latent_channels, cells, cells)
-            with _Bar(label) as bar:
-                sigmas = schedule(model.denoiser, steps)
-                latents = run(model, conditioning, negative, noise, sigmas, guidance=guidance, on_step=bar)
-            pictures += list((model.autoencoder.decode(latents) * 255).round().byte().movedim(1, -1).cpu().numpy())
-    return pictures
+    with _Bar(label) as bar:
+        return _eight_bit(draw(model, conditioning, negative, drawing.seeds, **drawing.options(model), on_step=bar))
+
+
+def _eight_bit(pictures: Tensor) -> list[NDArray[np.uint8]]:
+    """Pictures (n, 3, height, width) in [0, 1] as n of (height, width, 3)."""
+    return list((pictures * 255).round().byte().movedim(1, -1).numpy())
 
 
 def _make_up(word: Word) -> str:

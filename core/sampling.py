@@ -130,7 +130,9 @@ def draw(
     autoencoder, and whatever ``sample`` raises.
     """
     if model.autoencoder is None:
-        raise UnsupportedModel(f"{model.name} has no autoencoder, and so no pictures: connect the VAE of the same checkpoint")
+        raise UnsupportedModel(
+            f"{model.name} has no autoencoder to draw pictures with: connect the VAE of the same checkpoint, or choose a complete pipeline"
+        )
     cells = [side // model.denoiser.downscale for side in (height, width)]
     sigmas = schedule(model.denoiser, steps)
     starts = range(0, len(seeds), batch or len(seeds))
