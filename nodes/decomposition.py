@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 
 from .decompose import CHART, FOUND, TEXT, Socket, chart, check_template, conditioning, headline, image
-from .files import DECOMPOSITIONS, locate, missing, names, slug, stamp, writable
+from .files import DECOMPOSITIONS, check, locate, names, place, slug, stamp, stem, writable
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -137,10 +137,9 @@ class SaveDecomposition(io.ComfyNode):
 
     @classmethod
     def execute(cls, decomposition: Decomposition, name: str) -> io.NodeOutput:
-        stem = name.strip() or slug(decomposition.concept)
-        path = writable(DECOMPOSITIONS, f"{stem}-{decomposition.content_hash()[:10]}")
+        path = writable(DECOMPOSITIONS, stem(name, decomposition.concept, decomposition.content_hash()))
         decomposition.save(path)
-        return io.NodeOutput(path.name, ui=ui.PreviewText(f"{path.name}\nin {path.parent}"))
+        return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
 
 
 class LoadDecomposition(io.ComfyNode):
@@ -171,7 +170,7 @@ class LoadDecomposition(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str = "") -> bool | str:
         """True, or which file is missing and where it belongs."""
-        return True if file is None or file in names(DECOMPOSITIONS) else missing(DECOMPOSITIONS, file)
+        return check(DECOMPOSITIONS, file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:

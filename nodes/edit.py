@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from .decompose import image
-from .files import CACHE, EDITS, folder, locate, missing, names, slug, stamp, writable
+from .files import CACHE, EDITS, check, folder, locate, names, place, stamp, stem, writable
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -259,9 +259,9 @@ class SaveEdit(io.ComfyNode):
 
     @classmethod
     def execute(cls, edit: ContextEdit, name: str) -> io.NodeOutput:
-        path = writable(EDITS, stem(edit, name))
+        path = writable(EDITS, file_stem(edit, name))
         edit.save(path)
-        return io.NodeOutput(path.name, ui=ui.PreviewText(f"{path.name}\nin {path.parent}"))
+        return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
 
 
 class LoadEdit(io.ComfyNode):
@@ -284,7 +284,7 @@ class LoadEdit(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str = "") -> bool | str:
         """True, or which file is missing and where it belongs."""
-        return True if file is None or file in names(EDITS) else missing(EDITS, file)
+        return check(EDITS, file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
@@ -338,10 +338,10 @@ class SaveEditAsLora(io.ComfyNode):
         from .comfy_model import GraphCrossAttention
 
         dtype = {"fp16": torch.float16, "fp32": torch.float32}[precision]
-        path = writable("loras", stem(edit, name))
+        path = writable("loras", file_stem(edit, name))
         # The same edit gives another file for another model: only its own name is taken again.
         save_lora(edit, GraphCrossAttention(model), path, dtype=dtype, overwrite=True)
-        return io.NodeOutput(path.name, ui=ui.PreviewText(f"{path.name}\nin {path.parent}"))
+        return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
 
 
 class EditReport(io.ComfyNode):
@@ -387,9 +387,9 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in re.split(r"[,\n]", text) if part.strip()))
 
 
-def stem(edit: ContextEdit, name: str) -> str:
+def file_stem(edit: ContextEdit, name: str) -> str:
     """The name of an edit's file: what was asked for, or its concepts, and a hash of the content."""
-    return f"{name.strip() or slug('-'.join(concept.text for concept in edit.concepts))}-{edit.content_hash()[:10]}"
+    return stem(name, "-".join(concept.text for concept in edit.concepts), edit.content_hash())
 
 
 def chart(edit: ContextEdit, report: Report | None) -> Tensor:

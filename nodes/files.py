@@ -53,6 +53,11 @@ def writable(key: str, name: str) -> Path:
     return folder(key) / f"{name.removesuffix('.safetensors')}.safetensors"
 
 
+def check(key: str, name: str | None) -> bool | str:
+    """For ``validate_inputs``: True, or what to say about a file that is not there. None is a name that another node will give."""
+    return True if name is None or name in names(key) else missing(key, name)
+
+
 def stamp(key: str, name: str) -> str:
     """Changes when another file lies under the same name."""
     path = folder_paths.get_full_path(key, name)
@@ -70,6 +75,16 @@ def code_hash(family: str) -> str:
     for path in sorted([*core.glob("*.py"), *core.glob(f"{family}/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def stem(asked: str, subject: str, content_hash: str) -> str:
+    """The name of a result's file: what was asked for, or what it is of, and a hash of the content."""
+    return f"{asked.strip() or slug(subject)}-{content_hash[:10]}"
+
+
+def place(path: Path) -> str:
+    """What a node says of a file it wrote."""
+    return f"{path.name}\nin {path.parent}"
 
 
 def slug(text: str) -> str:
