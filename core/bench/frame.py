@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,12 +237,11 @@ def _one_thread() -> None:
 
 def peak_mb() -> float | None:
     """The most memory this process has held, in MiB; None where the system does not say."""
-    try:
-        # What getrusage reports here can be the parent's, from before this process's own program was loaded.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024, 1)
-    except (OSError, IndexError):
-        pass
+    status = Path("/proc/self/status")
+    # Preferred to getrusage, which can report the parent's, from before this process's own program was loaded.
+    most_kb = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii", errors="replace")) if status.is_file() else None
+    if most_kb is not None:
+        return round(int(most_kb[1]) / 1024, 1)
     try:
         import resource
     except ImportError:

@@ -467,8 +467,8 @@ def _component(kind: Any, folder: Path, **options: Any) -> Any:
         raise FileNotFoundError(f"{folder} holds no .safetensors weights (pickle files are not read): convert them or fetch them again")
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated, damaged or no safetensors file ({error}): fetch it again") from error
     try:
