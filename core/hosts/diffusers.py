@@ -532,10 +532,8 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _frozen(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    module = module.to(device)
-    if next(module.parameters()).dtype != dtype:  # diffusers warns about any cast, even to what is there
-        module = module.to(dtype)
-    return module.eval().requires_grad_(False)
+    # Not through diffusers' own `to`, which warns at every cast of parts to be kept in fp32, even where there are none.
+    return torch.nn.Module.to(module, device, dtype).eval().requires_grad_(False)
 
 
 def _downscale(config: Any) -> int:
