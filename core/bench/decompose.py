@@ -23,7 +23,7 @@ from .frame import Bar, Job, Profile, Result
 
 if TYPE_CHECKING:
     from ..decompose import Decomposition
-    from ..model import Conditioning, Model
+    from ..model import Conditioning, Model, TextEncoder
 
 Set: TypeAlias = Literal["planted", "planted_exact", "natural", "natural_decoys"]
 
@@ -456,12 +456,18 @@ def _dictionary(model: Model, world: World, out: set[str], decoys: int) -> list[
     """The world's words but for ``out``, then the decoys: words the model was never trained on."""
     import torch
 
-    from ..vocabulary import is_unsafe, whole_words
-
     known = set(world.tokens)
-    others = [word for word in whole_words(model.text) if word not in known and not is_unsafe(word)]
+    others = [word for word in _safe_words(model.text) if word not in known]
     chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(1))[:decoys].tolist()
     return [*(word for word in world.words if word not in out), *(others[i] for i in chosen)]
+
+
+@lru_cache(maxsize=1)
+def _safe_words(text: TextEncoder) -> tuple[str, ...]:
+    """The vocabulary's whole words without those left out by default: seconds over a hundred jobs."""
+    from ..vocabulary import is_unsafe, whole_words
+
+    return tuple(word for word in whole_words(text) if not is_unsafe(word))
 
 
 def _synonyms(world: World, words: Iterable[str]) -> set[str]:

@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def thrifty() -> dict[str, int]:
     """Settings of the default method with which it spends next to nothing, whatever they are called."""
     from conceptkit.core.decompose.distilled import BUDGETS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from conceptkit.core.bench import decompose as suite_module
 from conceptkit.core.bench import frame, planted
 from conceptkit.core.bench.decompose import COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row
 from conceptkit.core.bench.frame import Bar, Job
+from conceptkit.core.decompose import Decomposition
 from conceptkit.core.demo.world import second_world, shapes_world
 from conceptkit.core.hosts.diffusers import load_model
 from hypothesis import given
@@ -243,37 +244,64 @@ def test_quick_fits_and_never_drops_the_default_method(monkeypatch: pytest.Monke
     assert frame.plan(DecomposeSuite("full"), None).dropped == ()
 
 
-@pytest.fixture
-def tiny(checkpoint: Path, thrifty: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> str:
-    """A random model, and as little of everything as a measurement takes."""
+@dataclass(frozen=True)
+class Measured:
+    """A suite that has run: its report, and the folder of its single measurements."""
+
+    suite: DecomposeSuite
+    report: dict[str, Any]
+    parts: Path
+
+    def results(self, function: str) -> list[dict[str, Any]]:
+        jobs = [job for job in self.suite.jobs() if job.measure.__name__ == function]
+        return [json.loads((self.parts / f"{job.key}.json").read_text())["result"] for job in jobs]
+
+
+@pytest.fixture(scope="module")
+def little(thrifty: dict[str, int]) -> Iterator[None]:
+    """As little of everything as a measurement takes."""
     whole = decompose.decompose_concept
-    less = {"settings": thrifty, "words": 2}
-    monkeypatch.setattr(decompose, "decompose_concept", lambda *given, **options: whole(*given, **options | less))
-    for name, value in (("FIDELITY_PICTURES", 1), ("STEPS", 2), ("DECOYS", 6), ("ORACLE", 2)):
-        monkeypatch.setattr(suite_module, name, value)
-    return str(checkpoint)
+
+    def less(*given: Any, **options: Any) -> Decomposition:
+        settings = thrifty if options["method"] == "distilled" else {}
+        return whole(*given, **options | {"settings": settings, "words": 2})
+
+    size = replace(SIZES["quick"], planted=3, exact=1, pictures=2, text_pictures=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decompose, "decompose_concept", less)
+        for name, value in (("FIDELITY_PICTURES", 1), ("STEPS", 2), ("DECOYS", 6), ("ORACLE", 2), ("SIZES", {"quick": size})):
+            patch.setattr(suite_module, name, value)
+        yield
 
 
-def test_measurements_of_a_random_model(tiny: str) -> None:
-    made = suite_module.measure_planted(tiny, "shapes", "distilled", "planted", 0)
-    assert len(made["planted"]) == 2 and 0 <= made["hits"] <= 2 and made["r2"] <= 1 and made["perturbation_effect"] > 0
-    assert made["evals"] > made["method_evals"] > 0
-    assert suite_module.measure_planted(tiny, "shapes", "distilled", "planted_exact", 0)["perturbation_effect"] is None
-    word = suite_module.measure_natural(tiny, "shapes", "distilled", "natural", "crane", 2)
-    oracle = suite_module.measure_oracle(tiny, "shapes", "crane", 2)
-    own = suite_module.measure_concept(tiny, "shapes", "crane", 2)
-    for result in (word, oracle, own):
+@pytest.fixture(scope="module")
+def measured(little: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """All kinds of measurements of a random model, of one natural word, by the cheapest method."""
+    suite = DecomposeSuite(model=str(checkpoint), methods=("text",))
+    wanted = [job for job in suite.jobs() if job.arguments.get("word", "crane") == "crane" and not job.isolated]
+    suite.__dict__["_jobs"] = tuple(wanted)
+    parts = tmp_path_factory.mktemp("parts")
+    return Measured(suite, frame.run(suite, parts, processes=0, say=str), parts)
+
+
+def test_measurements_of_a_random_model(measured: Measured, checkpoint: Path) -> None:
+    made = suite_module.measure_planted(str(checkpoint), "shapes", "distilled", "planted", 0)
+    assert len(made["planted"]) == 2 and made["method_evals"] > 0
+    three, four, exact = measured.results("measure_planted")
+    assert [len(result["planted"]) for result in (three, four, exact)] == [3, 4, 2]
+    for result in (made, three, four, exact):
+        assert 0 <= result["hits"] <= len(result["planted"]) and result["r2"] <= 1
+        assert result["evals"] > result["method_evals"] >= 0
+    assert made["perturbation_effect"] > 0 < three["perturbation_effect"] and exact["perturbation_effect"] is None
+    word, _ = measured.results("measure_natural")
+    for result in (word, *measured.results("measure_oracle"), *measured.results("measure_concept")):
         assert len(result["outcomes"]) == 2 and set(result["outcomes"]) <= {-1, 0}
         assert result["evals"] >= 8
     assert "crane" not in [w for w, _ in word["found"]]
 
 
-def test_a_whole_suite_on_a_random_model(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_module, "SIZES", {"quick": replace(SIZES["quick"], planted=2, exact=1, pictures=2, baseline_planted=0)})
-    suite = DecomposeSuite(model=tiny, methods=("distilled",))
-    wanted = [job for job in suite.jobs() if job.arguments.get("word", "crane") == "crane" and not job.isolated]
-    suite.__dict__["_jobs"] = tuple(wanted)
-    report = frame.run(suite, tmp_path, processes=0, say=str)
+def test_a_whole_suite_on_a_random_model(measured: Measured) -> None:
+    report = measured.report
     assert {(row["set"], row["half"]) for row in report["rows"]} == {
         ("planted", None),
         ("planted_exact", None),
@@ -281,4 +309,4 @@ def test_a_whole_suite_on_a_random_model(tiny: str, tmp_path: Path, monkeypatch:
     }
     assert all(tuple(row)[: len(COLUMNS)] == COLUMNS for row in report["rows"])
     assert report["run"]["evals"] <= report["run"]["planned_evals"]
-    assert frame.plan(suite, tmp_path).fresh == ()
+    assert frame.plan(measured.suite, measured.parts).fresh == ()
