@@ -16,9 +16,9 @@ demo: $(VENV)/.headless
 
 test: check unit
 
-# One thread: the tests' tensors are tiny, and OpenMP's barriers stall on a busy machine.
+# One thread a process: the tests' tensors are tiny, and OpenMP's barriers stall on a busy machine. A file's tests share models: one process.
 unit: $(VENV)/.dev .dev/conceptkit
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -c tests/pytest.ini tests --ignore=tests/comfy
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -c tests/pytest.ini tests --ignore=tests/comfy -n 2 --dist loadfile
 
 check: $(VENV)/.dev .dev/conceptkit
 	$(VENV)/bin/ruff check .

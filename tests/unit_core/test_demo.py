@@ -155,5 +155,5 @@ def test_the_models_draw_what_they_are_asked_for(source: str, lexicon: World) ->
     model = load_model(source)
     assert model.words == tuple(lexicon.words)
     words = ["apple", "car", "rose", "star", "ring", "robin"]
-    seen = evaluate.readings(model, [f"a photo of a {word}" for word in words], range(len(words)), evaluate.Settings(steps=10))
+    seen = evaluate.readings(model, [f"a photo of a {word}" for word in words], range(len(words)), evaluate.Settings(steps=6))
     assert sum(detect.present(lexicon.words[word], reading) for word, reading in zip(words, seen, strict=True)) >= 5

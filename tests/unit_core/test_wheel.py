@@ -59,7 +59,7 @@ def test_what_the_wheel_holds(wheel, root):
 
 
 def test_it_is_the_installed_copy_that_is_imported(installed, tmp_path):
-    code = "import conceptkit, conceptkit.core.artifact; print(conceptkit.__file__)"
+    code = "import conceptkit, conceptkit.core.progress; print(conceptkit.core.progress.__file__)"
     found = subprocess.run([installed, "-c", code], cwd=tmp_path, env=clean(), capture_output=True, text=True, check=True).stdout
     assert Path(found.strip()).is_relative_to(installed.parents[1])
 
