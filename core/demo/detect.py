@@ -73,10 +73,8 @@ def _background(picture: Array) -> tuple[str, Array]:
 def _foreground(picture: Array, background: Array) -> NDArray[np.bool_]:
     mask: NDArray[np.bool_] = np.abs(picture - background).max(-1) > _CONTRAST
     mask[_MARK_CORNER:, _MARK_CORNER:] = False
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    if count:
-        areas = ndimage.sum_labels(mask, labels, np.arange(1, count + 1))
-        mask &= np.isin(labels, 1 + np.flatnonzero(areas >= 16))
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    mask &= (np.bincount(labels.ravel()) >= 16)[labels]
     return mask
 
 
@@ -104,8 +102,13 @@ def _features(picture: Array, background: Array, mask: NDArray[np.bool_]) -> tup
     side = float(max(bottom - top, right - left))
     centre = ((top + bottom - 1) / 2, (left + right - 1) / 2)
     steps = (np.arange(_BOX) + 0.5) / _BOX - 0.5
-    y, x = np.meshgrid(centre[0] + steps * side * 1.06, centre[1] + steps * side * 1.06, indexing="ij")
     smooth = side / _BOX / 2.5
+    # Beyond the filter's reach around the box everything is 0: the rest of the picture need not be filtered.
+    reach = int(4 * smooth + 0.5) + 1
+    y0, x0 = max(0, top - reach), max(0, left - reach)
+    part = (slice(y0, bottom + reach), slice(x0, right + reach))
+    picture, mask = picture[part], mask[part]
+    y, x = np.meshgrid(centre[0] + steps * side * 1.06 - y0, centre[1] + steps * side * 1.06 - x0, indexing="ij")
     solid = ndimage.gaussian_filter(mask.astype(np.float32), smooth)
     hue = picture / (picture.max(-1, keepdims=True) + 0.1) * mask[..., None]
     planes = [solid, *(ndimage.gaussian_filter(hue[..., c], smooth) for c in range(3))]
