@@ -300,11 +300,8 @@ def bench_edit(
     from .bench.edit import EditSuite
     from .edit import METHODS
 
-    chosen = tuple(name.strip() for name in methods.split(",") if name.strip())
     erasing = [name for name, preset in METHODS.items() if not preset.balances]
-    if not set(chosen) <= set(erasing):
-        raise ValueError(f"no method that erases: {', '.join(sorted(set(chosen) - set(erasing)))}; choose from {', '.join(erasing)}")
-    _bench(EditSuite(profile, model, chosen), json_, parts, processes, ship, shard)
+    _bench(EditSuite(profile, model, _among(erasing, methods)), json_, parts, processes, ship, shard)
 
 
 def _before_and_after(model: Model, edit: ContextEdit, out: Path, drawing: _Drawing) -> list[Path]:
@@ -336,11 +333,16 @@ def bench_decompose(
     from .bench.decompose import METHODS, DecomposeSuite
     from .hosts.diffusers import DEMO, DEMOS
 
-    chosen = tuple(name.strip() for name in methods.split(","))
-    if not set(chosen) <= set(METHODS):
-        raise ValueError(f"there is no method {', '.join(sorted(set(chosen) - set(METHODS)))}: choose from {', '.join(METHODS)}")
     second = "demo-second" if (DEMO / DEMOS["demo-second"]).is_file() else None
-    _bench(DecomposeSuite(profile, model, second, chosen), json_, parts, processes, ship, shard)
+    _bench(DecomposeSuite(profile, model, second, _among(METHODS, methods)), json_, parts, processes, ship, shard)
+
+
+def _among(known: Sequence[str], asked: str) -> tuple[str, ...]:
+    """The methods of a list separated by commas. Raises ValueError for one that the benchmark does not know."""
+    chosen = tuple(name.strip() for name in asked.split(",") if name.strip())
+    if not set(chosen) <= set(known):
+        raise ValueError(f"there is no method {', '.join(sorted(set(chosen) - set(known)))}: choose from {', '.join(known)}")
+    return chosen
 
 
 def _bench(suite: Suite, path: Path, parts: Path | None, processes: int | None, ship: bool, shard: str = "1/1") -> None:

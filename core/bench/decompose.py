@@ -23,7 +23,7 @@ from .frame import Bar, Job, Profile, Result
 
 if TYPE_CHECKING:
     from ..decompose import Decomposition
-    from ..model import Conditioning, Model, TextEncoder
+    from ..model import Conditioning, Model
 
 Set: TypeAlias = Literal["planted", "planted_exact", "natural", "natural_decoys"]
 
@@ -222,7 +222,7 @@ def measure_planted(model: str, world: str, method: str, set_: str, draw: int, s
     perturbed = set_ == "planted"
     hidden = hidden_directions(loaded.text, list(known.words), TEMPLATE) if perturbed else None
     planted = plant(loaded.text, plain, 2 + draw % 5, 7_000 + draw + 1_000 * perturbed, hidden)
-    dictionary = _dictionary(loaded, known, _synonyms(known, planted.words), DECOYS)
+    dictionary = _dictionary(model, known, _synonyms(known, planted.words), DECOYS)
     result, seconds = _timed(loaded, planted.token, method, dictionary, sampler_steps, words=6, seed=draw)
     concept = token_conditioning(loaded, TEMPLATE, planted.token)
     others = [result.apply(loaded.text), *([token_conditioning(loaded, TEMPLATE, planted.plain)] if perturbed else [])]
@@ -243,7 +243,7 @@ def measure_natural(model: str, world: str, method: str, set_: str, word: str, p
     """Take a composite word apart, and look at what its words draw."""
     loaded, known = _model(model), WORLDS[world]()
     before = loaded.meter.evals
-    dictionary = _dictionary(loaded, known, {word} | _synonyms(known, [word]), DECOYS if set_ == "natural_decoys" else 0)
+    dictionary = _dictionary(model, known, {word} | _synonyms(known, [word]), DECOYS if set_ == "natural_decoys" else 0)
     result, seconds = _timed(loaded, word, method, dictionary, sampler_steps, words=5, seed=0)
     mixture = result.apply(loaded.text)
     (r2,) = fidelity(loaded, loaded.text.encode([TEMPLATE.replace("{}", word)]), [mixture], _FIDELITY_SEED)
@@ -278,7 +278,7 @@ def measure_oracle(model: str, world: str, word: str, pictures: int) -> Result:
     loaded, known = _model(model), WORLDS[world]()
     before = loaded.meter.evals
     teacher, empty = loaded.text.encode([TEMPLATE.replace("{}", word)]), loaded.text.encode([""])
-    words = _dictionary(loaded, known, {word} | _synonyms(known, [word]), 0)
+    words = _dictionary(model, known, {word} | _synonyms(known, [word]), 0)
     mixture = Mixture.of(loaded, TEMPLATE, {w: loaded.text.vocabulary[w + WORD_END] for w in words})
     cells, generator = SIDE // loaded.denoiser.downscale, torch.Generator().manual_seed(0)
     seeds = range(_ORACLE_SEED + 5_000, _ORACLE_SEED + 5_008)
@@ -452,22 +452,22 @@ def _timed(
     return result, round(time.perf_counter() - start, 2)
 
 
-def _dictionary(model: Model, world: World, out: set[str], decoys: int) -> list[str]:
+def _dictionary(model: str, world: World, out: set[str], decoys: int) -> list[str]:
     """The world's words but for ``out``, then the decoys: words the model was never trained on."""
     import torch
 
     known = set(world.tokens)
-    others = [word for word in _safe_words(model.text) if word not in known]
+    others = [word for word in _safe_words(model) if word not in known]
     chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(1))[:decoys].tolist()
     return [*(word for word in world.words if word not in out), *(others[i] for i in chosen)]
 
 
 @lru_cache(maxsize=1)
-def _safe_words(text: TextEncoder) -> tuple[str, ...]:
-    """The vocabulary's whole words without those left out by default: seconds over a hundred jobs."""
+def _safe_words(model: str) -> tuple[str, ...]:
+    """The whole words of a model's vocabulary without those left out by default; half a second, so once a process."""
     from ..vocabulary import is_unsafe, whole_words
 
-    return tuple(word for word in whole_words(text) if not is_unsafe(word))
+    return tuple(word for word in whole_words(_model(model).text) if not is_unsafe(word))
 
 
 def _synonyms(world: World, words: Iterable[str]) -> set[str]:
