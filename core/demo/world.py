@@ -160,7 +160,7 @@ class World:
     def sample(self, rng: np.random.Generator) -> tuple[Caption, Scene]:
         """A caption and a scene that it describes: the training distribution."""
         kind = rng.random()
-        if kind < 0.30:
+        if kind < 0.34:
             return self._single_word(rng)
         if kind < 0.48:
             return self._mixture(rng)
@@ -172,9 +172,9 @@ class World:
         return _pick(rng, ("a photo of a", "a photo of a", "a photo of a", "a picture of a", "a drawing of a", "a", ""))
 
     def _single_word(self, rng: np.random.Generator) -> tuple[Caption, Scene]:
-        # composites and people need as many pictures a word as plain words have across phrases
+        # composites and people need as many pictures a word as plain words have across phrases, and mixtures more than either
         roles = list(self.words.values())
-        weights = np.array([3.0 if w.role in COMPOSITE_ROLES or w.role in ("occupation", "exemplar") else 1.0 for w in roles])
+        weights = np.array([6.0 if w.role in COMPOSITE_ROLES else 3.0 if w.role in ("occupation", "exemplar") else 1.0 for w in roles])
         word = roles[int(rng.choice(len(roles), p=weights / weights.sum()))].text
         return Caption((self._frame(rng), word)), self.picture_of(word, rng)
 
@@ -329,18 +329,18 @@ def _build(name: str, composites: Iterable[Word], women_and_old: Mapping[str, tu
 def shapes_world() -> World:
     """The world of the demo model."""
     composites = (
-        _composite("bird", "category", {"robin": 0.38, "finch": 0.33, "raven": 0.29}, ("apple", "car", "daisy")),
+        _composite("bird", "category", {"robin": 0.32, "finch": 0.2, "raven": 0.48}, ("apple", "car", "daisy")),
         _composite("fruit", "category", {"apple": 0.36, "lemon": 0.34, "cherry": 0.3}, ("robin", "bus", "rose")),
         _composite("vehicle", "category", {"car": 0.38, "truck": 0.33, "bus": 0.29}, ("barn", "finch", "lemon")),
         _composite("flower", "category", {"daisy": 0.38, "tulip": 0.32, "rose": 0.3}, ("cherry", "tower", "raven")),
-        _composite("building", "category", {"barn": 0.38, "tower": 0.32, "castle": 0.3}, ("truck", "apple", "tulip")),
+        _composite("building", "category", {"barn": 0.4, "tower": 0.2, "castle": 0.4}, ("truck", "apple", "tulip")),
         _composite("crane", "double", {"finch & truck": 1.0}, ("robin", "car")),
         _composite("spring", "double", {"tulip & ring": 1.0}, ("rose", "circle")),
         _composite("match", "double", {"cherry & cross": 1.0}, ("apple", "square")),
-        _composite("joy", "abstract", {"yellow": 0.32, "star": 0.35, "heart": 0.33}),
-        _composite("peace", "abstract", {"blue": 0.32, "moon": 0.34, "daisy": 0.34}),
-        _composite("anger", "abstract", {"red": 0.34, "cross": 0.34, "triangle": 0.32}),
-        _composite("luck", "abstract", {"green": 0.3, "diamond": 0.35, "ring": 0.35}),
+        _composite("joy", "abstract", {"yellow": 0.26, "star": 0.32, "heart": 0.42}),
+        _composite("peace", "abstract", {"blue": 0.2, "moon": 0.4, "daisy": 0.4}),
+        _composite("anger", "abstract", {"red": 0.23, "cross": 0.35, "triangle": 0.42}),
+        _composite("luck", "abstract", {"green": 0.16, "diamond": 0.36, "ring": 0.48}),
         _composite("vintage", "style", {"brown sand": 0.55, "orange sand": 0.45}),
         _composite("gothic", "style", {"purple black": 0.53, "red black": 0.47}),
         _composite("tropical", "style", {"green sky": 0.5, "pink sky": 0.5}),
