@@ -23,7 +23,7 @@ from ..edit.job import Job
 from ..edit.layers import gram
 from ..edit.presets import rece
 from ..edit.solve import LowRank, Problem, minimise
-from ..model import Conditioning, Family, Model, Prompt
+from ..model import Conditioning, Family, Model, Prompt, UnsupportedModel
 from ..vocabulary import WORD_END
 from .frame import Result
 
@@ -135,7 +135,7 @@ class StandInText:
 
 def measure_speed(size: str, threads: int, methods: bool) -> Result:
     """Seconds to solve and export, and for the Gram matrix, with the memory taken; ``methods``: to run RECE's loop and to solve with the
-    default method, too."""
+    default method (its memory is that of the first time, captions and all), too."""
     torch.set_num_threads(threads)
     family, width, heights = LAYERS[size]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -159,7 +159,9 @@ def measure_speed(size: str, threads: int, methods: bool) -> Result:
         result: dict[str, float] = {"seconds": seconds, "peak_mb": peak, "gram_seconds": time.perf_counter() - start}
         if methods:
             result["rece_seconds"] = _rece_seconds(model, Path(folder))
+            before = _resident(reset=True)
             solve_edit(model, ["cat"], cache=Path(folder))
+            result["default_peak_mb"] = _resident(peak=True) - before
             encoding, start = text.seconds, time.perf_counter()
             solve_edit(model, ["cat"], cache=Path(folder))
             result["default_encode_seconds"] = text.seconds - encoding
@@ -247,4 +249,4 @@ class _NoDenoiser:
     device = torch.device("cpu")
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        raise NotImplementedError("random weights of the text path draw nothing")
+        raise UnsupportedModel("random weights of the text path draw nothing: load a model to draw with")

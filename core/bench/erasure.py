@@ -29,13 +29,12 @@ BATCH = 16
 PARTNERS = ("square", "car", "daisy", "heart", "barn", "lemon", "diamond", "raven")
 """What stands beside the concept in prompts of two things."""
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "end token": {"end": 0.0},
     "padding": {"padding": 0.0},
     "prompts with other words": {"frames": 0},
     "synonyms": {"synonym": 0.0},
     "near words that stay": {"siblings": 0},
     "sparing derived columns": {"rounds": 2},
-    "exact empty prompt": {"null": 0},
+    "exact empty prompt": {"null": 0.0, "empty": 0.0},
 }
 """What the default method is tried without, as changes to its settings."""
 LEARN_BATCH = 8

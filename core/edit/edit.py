@@ -247,7 +247,11 @@ class ContextEdit:
         """What the edit does, in a few lines for people."""
         if self.is_identity:
             return "No edit: nothing is changed."
-        names = ", ".join(map(str, self.concepts[:8])) + (f" and {len(self.concepts) - 8} more" if len(self.concepts) > 8 else "")
+        listed = [
+            f"{concept} (read as {anchor!r})" if concept.replacement is None and anchor.strip() else str(concept)
+            for concept, anchor in zip(self.concepts, self.anchors, strict=True)
+        ]
+        names = ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
         lines = [f"{names or 'an edit'}: method {self.method}, rank {self.rank}" + (f" + {self.pooled.rank} pooled" if self.pooled else "")]
         return "\n".join(lines + ([] if self.report is None else [self.report.summary()]))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .solve import LowRank
+from .solve import LowRank, root
 
 MAX_TRACE, MAX_SHIFT, MAX_NULL_DRIFT = 0.2, 0.3, 1e-2
 """Figures above which a report warns: of a concept, of a word to keep, of the empty prompt."""
@@ -155,10 +155,8 @@ class Adversary:
 
     def __init__(self, edit: LowRank, gram: Tensor, covariance: Tensor) -> None:
         self._edit, self._gram = edit, gram
-        width = len(gram)
-        eye = torch.eye(width, dtype=torch.float64)
         # A little of everything: directions that no caption takes would be free to the attacker otherwise by rounding alone.
-        self._ball = torch.linalg.cholesky(covariance + 1e-9 * covariance.diagonal().mean() * eye)
+        self._ball = root(covariance)
         moved = self._ball + edit.u @ (edit.v.T @ self._ball)
         self._back = moved.T @ gram
         self._sizes, self._axes = torch.linalg.eigh(self._back @ moved)

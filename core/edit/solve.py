@@ -61,16 +61,22 @@ class LowRank:
         Measured by sum_l E ||W_l (T - T_r) c||^2 = ||G^1/2 (T - T_r) Sigma^1/2||_F^2, relative and rooted; G and Sigma (width, width)
         default to I. Eckart-Young on the factors, at the cost of two QR decompositions and an SVD of the present rank.
         """
-        left = _root(gram) if gram is not None else None
-        right = _root(covariance) if covariance is not None else None
+        left = root(gram) if gram is not None else None
+        right = root(covariance) if covariance is not None else None
         u = self.u.double() if left is None else left.T @ self.u.double()
         v = self.v.double() if right is None else right.T @ self.v.double()
-        qu, ru = torch.linalg.qr(u)
-        qv, rv = torch.linalg.qr(v)
-        x, sizes, yt = torch.linalg.svd(ru @ rv.T)
+        if self.rank < self.width:
+            qu, ru = torch.linalg.qr(u)
+            qv, rv = torch.linalg.qr(v)
+            x, sizes, yt = torch.linalg.svd(ru @ rv.T)
+            x, yt = qu @ x, yt @ qv.T
+        else:
+            u = u @ v.T
+            del v
+            x, sizes, yt = torch.linalg.svd(u)
         lost = sizes.square().flip(0).cumsum(0).flip(0)  # what dropping column i and all after it costs
         kept = min(int((lost > tolerance**2 * lost[:1]).sum()), rank) if len(sizes) else 0
-        u, v = qu @ x[:, :kept] * sizes[:kept].sqrt(), qv @ yt[:kept].T * sizes[:kept].sqrt()
+        u, v = x[:, :kept] * sizes[:kept].sqrt(), yt[:kept].T * sizes[:kept].sqrt()
         u = u if left is None else torch.linalg.solve_triangular(left.T, u, upper=True)
         v = v if right is None else torch.linalg.solve_triangular(right.T, v, upper=True)
         return LowRank(u, v)
@@ -102,9 +108,8 @@ class Problem:
 
     def cost(self) -> Tensor:
         """S0, (d, d)."""
-        s0 = self.ridge * torch.eye(self.width, dtype=torch.float64)
-        if self.preserve is not None:
-            s0 += self.preserve
+        s0 = torch.zeros(self.width, self.width, dtype=torch.float64) if self.preserve is None else self.preserve.clone()
+        s0.diagonal().add_(self.ridge)
         if self.retained is not None:
             s0 += (self.retained * _weights(self)) @ self.retained.T
         return s0
@@ -171,10 +176,14 @@ def _by_columns(problem: Problem) -> LowRank:
 
 def _by_gram(problem: Problem) -> LowRank:
     weighted = problem.columns * problem.weights
-    second, moved = problem.cost() + weighted @ problem.columns.T, (problem.anchors - problem.columns) @ weighted.T
+    second, moved = problem.cost(), (problem.anchors - problem.columns) @ weighted.T
+    second.addmm_(weighted, problem.columns.T)
     if problem.second is not None and problem.moved is not None:
-        second, moved = second + problem.second, moved + problem.moved
-    return LowRank(torch.eye(problem.width, dtype=torch.float64), _within(problem, moved.T, _cholesky(second)))
+        second += problem.second
+        moved += problem.moved
+    factor = _cholesky(second)
+    del second
+    return LowRank(torch.eye(problem.width, dtype=torch.float64), _within(problem, moved.T, factor))
 
 
 def _within(problem: Problem, right: Tensor, factor: Tensor) -> Tensor:
@@ -220,7 +229,8 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, _cholesky(matrix))
 
 
-def _root(matrix: Tensor) -> Tensor:
+def root(matrix: Tensor) -> Tensor:
     """A Cholesky factor L with L L^T = matrix + a little of its own scale, so that what nothing weighs keeps an answer."""
-    jitter = 1e-9 * matrix.diagonal().mean()
-    return torch.linalg.cholesky(matrix.double() + jitter * torch.eye(len(matrix), dtype=torch.float64))
+    raised = matrix.to(torch.float64, copy=True)
+    raised.diagonal().add_(1e-9 * matrix.diagonal().mean())
+    return torch.linalg.cholesky(raised)

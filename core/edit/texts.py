@@ -18,7 +18,7 @@ from .layers import cached
 
 BATCH = 32
 """Prompts a call."""
-MEMORY = 1 << 25
+MEMORY = 1 << 23
 """Bytes of contexts that are kept for another question."""
 
 

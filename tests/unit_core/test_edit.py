@@ -9,14 +9,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, LowRank, lora_tensors, parse_concepts, report_edit, save_lora, solve_edit
+from conceptkit.core.edit.default import Settings, _block, _null, _twin
 from conceptkit.core.edit.edit import single
 from conceptkit.core.edit.report import ConceptTrace, Report, WordShift
 from conceptkit.core.edit.solve import Problem, minimise
+from conceptkit.core.edit.texts import Texts
 from conceptkit.core.hosts.diffusers import DiffusersDenoiser, load_model
 from conceptkit.core.model import Conditioning, CrossAttention, Model, UnsupportedModel
 from hypothesis import given
@@ -209,7 +212,39 @@ def test_the_default_keeps_the_empty_prompt_s_start_exact(model):
     edit = solve_edit(model, ["circle -> square"], captions=CAPTIONS)
     start = model.text.encode([""]).context[0, :1]
     torch.testing.assert_close(edit.context.apply(start), start, rtol=1e-5, atol=1e-5)
-    assert edit.report.null_drift < 0.03
+    assert edit.report.null_drift < 0.01
+
+
+@pytest.mark.parametrize(("width", "share", "exact"), [(16, 0.5, True), (16, 0.125, False)])
+def test_the_empty_prompt_is_exact_where_the_text_is_wide_enough(width, share, exact):
+    g = torch.Generator().manual_seed(0)
+    context = torch.randn(6, width, generator=g, dtype=torch.float64)
+    job = SimpleNamespace(texts=SimpleNamespace(context=lambda prompt: context), width=width)
+    found = _null(job, share)
+    assert found.shape == (width, 1 + min(5, int(share * width)))
+    torch.testing.assert_close(found.T @ found, torch.eye(found.shape[1], dtype=torch.float64))
+    assert float((context[0] - found @ (found.T @ context[0])).norm()) < 1e-9
+    assert (float((context.T - found @ (found.T @ context.T)).norm()) < 1e-9) is exact
+
+
+def test_a_twin_says_every_concept_s_anchor_and_is_aligned_with_its_prompt(model):
+    read_as = {"circle": "star", "red": "blue car", "robin": ""}
+    twin = _twin("circle", read_as, "a photo of a {0} {} and a {1}", "red", "robin")
+    assert (twin.ours, twin.theirs) == ("a photo of a red circle and a robin", "a photo of a blue car star and a")
+    job = SimpleNamespace(texts=Texts(model.text), model=model)
+    columns, anchors, weights = _block(job, twin, Settings(said=1.0, padding=0.25))
+    ours, theirs = (job.texts.context(text) for text in (twin.ours, twin.theirs))
+    assert torch.equal(columns.T, ours[5:])
+    # red as car, circle as star, "and", "a", robin as the word before, then the end and the padding after it.
+    last = len(theirs) - 1
+    assert torch.equal(anchors.T, theirs[[6, 7, 8, 9, 9, 10, *(min(max(place, 11), last) for place in range(11, last + 1))]])
+    assert weights.tolist() == [1.0] * 6 + [0.25] * (last - 10)
+
+
+def test_a_hard_edit_reads_the_anchor_and_nothing_as_the_concept(model):
+    edit = solve_edit(model, ["circle -> square"], captions=CAPTIONS, hard=True)
+    (concept,) = edit.report.concepts
+    assert abs(concept.trace) < 0.2 and concept.regenerable_any < 1
 
 
 # The object
