@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -26,7 +27,7 @@ from .sparse import small_nnls
 from .states import States, distances
 from .surrogate import Surrogate, find, flat, with_gauge
 from .task import Tally, Task
-from .text import text_code
+from .text import PromptSpace, prompt_space, text_code
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,12 @@ ENOUGH = 0.9
 """R2 on the judged states at which no other way is tried."""
 _PULL = 0.25
 _PREDICTION_WEIGHT, _EMBEDDING_WEIGHT, _FLOOR = 12.0, 64.0, 1e-3
-_ONE_WORD = "one word"
+_WIDE = (1, 2)
+"""How many times more words than wanted the codes have that the search starts from."""
+_NEAR, _PLENTY, _ALIKE = 0.1, 0.95, 0.01
+"""How far below the best R2 a finalist's may be by the linearised model; the judged R2 beyond which more counts only as evidence, and the
+loss that counts as none."""
+_SIMPLE = "one word, or the text alone"
 _CHECKPOINT = "conceptkit-distilled-checkpoint"
 
 
@@ -45,18 +51,18 @@ class Settings:
     pictures, heldout: sampled for the fit and for measuring, 2 evals a step; steps, guidance: the sampler's. rows: random projections
     that linearise the model at the concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself compares, on
     ``judged`` states. refined: states of the Gauss-Newton step on the chosen weights. again: how often the model is linearised anew, at
-    the best words so far, where these explain too little.
+    the best words so far and with half as many rows, where these explain too little.
     """
 
     pictures: int = 8
     heldout: int = 3
     steps: int = 10
     guidance: float = 4.0
-    rows: int = 160
+    rows: int = 144
     batch: int = 8
-    finalists: int = 4
+    finalists: int = 5
     judged: int = 16
-    refined: int = 8
+    refined: int = 6
     again: int = 1
 
 
@@ -79,19 +85,19 @@ def decompose_distilled(task: Task) -> Decomposition:
     return _Fit(task, task.choose(BUDGETS)).run()
 
 
-def evidence(missed: float, cosine: float, words: int, candidates: int, width: int) -> float:
-    """How well ``words`` out of ``candidates`` account for a concept, in nats; only differences mean anything.
+def evidence(missed: float, cosine: float, surprise: float, candidates: int, width: int) -> float:
+    """How well some out of ``candidates`` words account for a concept, in nats; only differences mean anything.
 
     missed: 1 - R2. cosine: between the mixture and the concept's own embedding of ``width`` numbers, 0 if unknown. Likelihoods of Gaussian
-    errors of unknown size, as of 12 independent numbers that the predictions and 64 that the embedding contribute, less log
-    ``candidates`` for naming each word: a word must pay for itself, and where predictions hardly tell two sets apart, the embedding does,
+    errors of unknown size, as of 12 independent numbers that the predictions and 64 that the embedding contribute, less ``surprise``, what
+    it takes to name the words: a word must pay for itself, and where predictions hardly tell two sets apart, the embedding does,
     by what exceeds the squared cosine 2 log(candidates) / width that the best of as many random directions has.
     """
     beyond_chance = max(0.0, min(cosine, 1.0) ** 2 - 2 * math.log(candidates) / width)
     return (
         -0.5 * _PREDICTION_WEIGHT * math.log(max(missed, 0.0) + _FLOOR)
         - 0.5 * _EMBEDDING_WEIGHT * math.log(1 - beyond_chance + _FLOOR)
-        - words * math.log(candidates)
+        - surprise
     )
 
 
@@ -131,7 +137,7 @@ class _Fit:
         fitted, heldout = states[states.picture < options.pictures], states[states.picture >= options.pictures]
         judged = fitted[self._draw(fitted, options.judged, self._generator(1))]
         while (start := self._next()) is not None:
-            alpha = self._single(judged) if start == _ONE_WORD else self._searched(fitted, judged)
+            alpha = self._simple(judged) if start == _SIMPLE else self._searched(fitted, judged)
             r2 = self._r2(judged, alpha)
             progress.attempts.append((start, r2))
             progress.alphas.append(alpha)
@@ -141,16 +147,16 @@ class _Fit:
         return self._finish(judged, heldout)
 
     def _next(self) -> str | None:
-        """The way to try next, or None to stop: linearise anew while the best explains too little; lastly look at single words."""
+        """The way to try next, or None to stop: linearise anew while the best explains too little; lastly look at what needs no search."""
         tried = self.progress.attempts
         if not tried:
             return "linearised"
         best = max(r2 for _, r2 in tried)
-        if best >= ENOUGH or tried[-1][0] == _ONE_WORD:
+        if best >= ENOUGH or tried[-1][0] == _SIMPLE:
             return None
         if len(tried) <= self.options.again:
             return "linearised again"
-        return _ONE_WORD if best < RELIABLE_R2 else None
+        return _SIMPLE if best < RELIABLE_R2 else None
 
     def _finish(self, judged: States, heldout: States) -> Decomposition:
         options, task, attempts = self.options, self.task, self.progress.attempts
@@ -209,27 +215,48 @@ class _Fit:
             if progress.rows:
                 with torch.no_grad():
                     at = self.mixture.encode(progress.alphas[len(progress.rows) - 1][None])
-            progress.rows.append(self._rows(fitted, at, self._generator(2 + len(progress.rows))))
+            count = self.options.rows if not progress.rows else self.options.rows // 2
+            progress.rows.append(self._rows(fitted, at, count, self._generator(2 + len(progress.rows))))
             self._save()
         rows, offsets = (torch.cat(parts) for parts in zip(*progress.rows, strict=True))
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
-        even = torch.full((len(self.mixture),), 1 / len(self.mixture))
+        codes = [self._prompts.code(wide * self.count) for wide in _WIDE]
         near = progress.alphas or [text_code(self.task)]
-        found = find(surrogate, [even, *progress.alphas], near, self.count, _PULL, self._pulse)
-        found, scores = surrogate.polish(found[self._ranked(surrogate, found, surrogate.r2(found))[: 3 * self.options.finalists]])
-        finalists = found[self._ranked(surrogate, found, scores)[: self.options.finalists]]
-        best = finalists[self._ranked(surrogate, finalists, self._judge(judged, finalists))[0]]
-        return self._refine(fitted, judged, best)
+        found = find(surrogate, [*codes, *progress.alphas], near, self.count, _PULL, self._pulse)
+        likely = self._evidence(surrogate, found, surrogate.r2(found)).argsort(descending=True, stable=True)[: 3 * self.options.finalists]
+        found, scores = surrogate.polish(found[likely])
+        discord = surrogate.discord(found)
+        chosen = self._finalists(self._evidence(surrogate, found, scores, discord), (found > 0).sum(1), scores)
+        finalists, reached = found[chosen], self._judge(judged, found[chosen])
+        best = self._best(self._evidence(surrogate, finalists, reached, discord[chosen]), reached)
+        return self._refine(fitted, judged, finalists[best])
 
-    def _ranked(self, surrogate: Surrogate, alphas: Tensor, r2: Tensor) -> list[int]:
-        """Rows of alphas by falling evidence."""
-        cosines, sizes = surrogate.cosine(alphas).tolist(), (alphas > 0).sum(1).tolist()
+    @cached_property
+    def _prompts(self) -> PromptSpace:
+        return prompt_space(self.task)
+
+    def _finalists(self, evidences: Tensor, sizes: Tensor, r2: Tensor) -> list[int]:
+        """Which the model is to compare: the best of every number of words that comes near the best R2, then the next best."""
+        ranked: list[int] = evidences.argsort(descending=True, stable=True).tolist()
+        first = {int(sizes[i]): i for i in reversed(ranked) if float(r2[i]) >= float(r2.max()) - _NEAR}
+        chosen = [i for i in ranked if i in first.values()]
+        return [*chosen, *(i for i in ranked if i not in chosen)][: self.options.finalists]
+
+    def _best(self, evidences: Tensor, r2: Tensor) -> int:
+        """The most evident of those that explain plenty, or as much as any."""
+        enough = min(_PLENTY, float(r2.max()) - _ALIKE)
+        return int(evidences.masked_fill(r2 < enough, -math.inf).argmax())
+
+    def _evidence(self, surrogate: Surrogate, alphas: Tensor, r2: Tensor, discord: Tensor | None = None) -> Tensor:
+        """`evidence` of each row of alphas, less what its shares say wrongly about which words matter."""
+        surprises = ((alphas > 0).double() @ self._prompts.surprise).tolist()
         candidates, width = len(self.mixture), sum(rows.shape[1] for rows in self.mixture.embeddings.values())
-        scores = [evidence(1 - r, c, n, candidates, width) for r, c, n in zip(r2.tolist(), cosines, sizes, strict=True)]
-        return sorted(range(len(scores)), key=lambda i: -scores[i])
+        given = zip(r2.tolist(), surrogate.cosine(alphas).tolist(), surprises, strict=True)
+        scores = torch.tensor([evidence(1 - r, cosine, surprise, candidates, width) for r, cosine, surprise in given], dtype=torch.double)
+        return scores if discord is None else scores - _PREDICTION_WEIGHT * discord
 
-    def _rows(self, states: States, at: Conditioning, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _rows(self, states: States, at: Conditioning, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The model linearised at a conditioning: rows (n, size) and offsets (n,) of a `Surrogate`, not yet scaled.
 
         Each is a random projection v of one state's residual; divided by the root of the state's probability, so that sum y^2 estimates
@@ -237,8 +264,8 @@ class _Fit:
         """
         rows, offsets = [], []
         chance, flat_at = self._weights(states), flat(at)[0].detach().float()
-        for start in range(0, self.options.rows, self.options.batch):
-            size = min(self.options.batch, self.options.rows - start)
+        for start in range(0, count, self.options.batch):
+            size = min(self.options.batch, count - start)
             picked = torch.multinomial(chance, size, replacement=True, generator=generator)
             batch = states[picked.to(states.x.device)]
             signs = (torch.randint(2, batch.x.shape, generator=generator) * 2.0 - 1).to(batch.x.device)
@@ -304,8 +331,8 @@ class _Fit:
         lines = torch.stack([alpha, goal, 0.5 * alpha + 0.5 * goal])
         return lines[int(self._judge(judged, lines).argmax())]
 
-    def _single(self, judged: States) -> Tensor:
-        """The best single word by the model itself, of those that the last linearisation finds best."""
+    def _simple(self, judged: States) -> Tensor:
+        """The best by the model itself of the codes by the text encoder alone, and the single words that the linearised model likes."""
         rows, offsets = self.progress.rows[0]
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty)
@@ -314,7 +341,8 @@ class _Fit:
             self._pulse()
             scores.append(surrogate.r2(part))
         likely = torch.cat(scores)
-        finalists = words[likely.topk(min(self.options.finalists, len(words))).indices]
+        single = words[likely.topk(min(self.options.finalists, len(words))).indices]
+        finalists = torch.cat([single, torch.stack([self._prompts.code(self.count), text_code(self.task)])])
         return finalists[int(self._judge(judged, finalists).argmax())]
 
     def _pulse(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model import Conditioning, Model
+from ..model import Conditioning, Model, Slot
 from ..vocabulary import embeddings
 from .result import fill, mix
 
@@ -35,7 +35,15 @@ class Mixture:
 
     def encode(self, alpha: Tensor) -> Conditioning:
         """The template with each row of alpha (batch, words) as its concept; differentiable in alpha."""
-        return self.model.text.encode([fill(self.template, [mix(self.embeddings, self.norms, alpha)])])
+        return self.encode_tokens(self.tokens(alpha))
+
+    def tokens(self, alpha: Tensor) -> dict[str, Tensor]:
+        """The pseudo-token of each row of alpha (batch, words) per text encoder, (batch, 1, width)."""
+        return mix(self.embeddings, self.norms, alpha)
+
+    def encode_tokens(self, tokens: Slot) -> Conditioning:
+        """The template with each token as its concept."""
+        return self.model.text.encode([fill(self.template, [tokens])])
 
     def choose(self, rows: Tensor) -> Mixture:
         """The mixture of some of the words only."""

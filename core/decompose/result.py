@@ -317,9 +317,8 @@ class Decomposition:
         elif self.fidelity is None:
             lines.append(f"how much it explains was not measured ({self.method} method)")
         else:
-            lines.append(
-                f"explains {self.r2:.1%} of what the concept changes (pictures not fitted), {self.evals} evals in {self.calls} calls"
-            )
+            explains = f"explains {self.r2:.1%}" if self.r2 > 0 else f"explains nothing (R2 {self.r2:.2f})"
+            lines.append(f"{explains} of what the concept changes (pictures not fitted), {self.evals} evals in {self.calls} calls")
             if not self.reliable:
                 lines.append(
                     "These words do not explain the concept well: take more words or more candidates, or another template or seed."

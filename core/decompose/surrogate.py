@@ -27,6 +27,8 @@ _BUMP = 0.02
 """Step of the finite differences in alpha: text encoders are smooth, and float32 leaves five digits of it."""
 _TRIES, _POLISHED = 4, 6
 """Words tried in the place of each word, and how many of the resulting sets are looked at closely."""
+_BEAM = 2
+"""How many sets words are left out of at a time."""
 
 
 def flat(conditioning: Conditioning) -> Tensor:
@@ -69,20 +71,35 @@ class Surrogate:
         cosines = self._direction(alphas) @ self.token.double() / len(self.mixture.embeddings)
         return cosines.clamp_min(0)
 
+    def discord(self, alphas: Tensor) -> Tensor:
+        """How far each row's shares are from what its words matter, (batch,): Kullback-Leibler divergence of the one from the other, nats.
+
+        What a word matters is the R2 lost without it, from 0.005 to 1. A word of large share that hardly matters only makes the others
+        weaker; where two sets of words explain the same, the one without such words is the better answer.
+        """
+        whole, parts = self.r2(alphas).tolist(), [_each_left_out(alpha) for alpha in alphas]
+        found = torch.zeros(len(alphas), dtype=torch.double)
+        if not sum(map(len, parts)):
+            return found
+        left = self.r2(torch.cat(parts)).split([len(part) for part in parts])
+        for row, (alpha, r2, without) in enumerate(zip(alphas, whole, left, strict=True)):
+            if len(without):
+                matters = (r2 - without).clamp(0.005, 1.0)
+                shares = alpha[alpha > 0].double() / alpha.double().sum()
+                found[row] = (shares * (shares * matters.sum() / matters).log()).sum()
+        return found
+
     def equations(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Gauss-Newton's equations in the weights of all words at ``alpha``: (n + 1, words), (n + 1,).
 
         y does not change with the scale of alpha, so its differential vanishes along alpha and the sum of the weights is set by an
         equation of its own.
         """
-        parts = []
-        for rows in self.rows.split(self.chunk):
-            each = alpha.expand(len(rows), -1).clone().requires_grad_()
-            with torch.enable_grad():
-                total = (flat(self.mixture.encode(each)) * rows).sum()
-            parts.append(torch.autograd.grad(total, each)[0].cpu().double())
+        width = sum(rows.shape[1] for rows in self.mixture.embeddings.values())
+        # a backward pass through the text encoder costs about twice a forward pass
+        parts = [self._jacobian_by_columns(alpha) if width < 2 * len(self.rows) else self._jacobian_by_rows(alpha)]
         if self.token is not None and self.pull:
-            parts.append(self._pull_jacobian(alpha))
+            parts.append(self.pull * torch.cat(list(self._turning(alpha).values())))
         return with_gauge(torch.cat(parts), self.residual(alpha[None])[0], alpha)
 
     def polish(self, alphas: Tensor, rounds: int = 3) -> tuple[Tensor, Tensor]:
@@ -116,15 +133,41 @@ class Surrogate:
     def _pulled(self, alphas: Tensor, token: Tensor) -> Tensor:
         return self.pull * (self._direction(alphas) - token.double())
 
-    def _pull_jacobian(self, alpha: Tensor) -> Tensor:
-        """d (pull * direction) / d alpha = pull * (E - u (u . E)) / |alpha E| for each encoder's unit direction u, (width, words)."""
-        parts = []
-        for rows in self.mixture.embeddings.values():
+    def _turning(self, alpha: Tensor) -> dict[str, Tensor]:
+        """d direction / d alpha = (E - u (u . E)) / |alpha E| with each encoder's unit direction u, (width, words)."""
+        found = {}
+        for name, rows in self.mixture.embeddings.items():
             atoms = rows.cpu().double()
-            mixed = alpha.double() @ atoms
+            mixed = alpha.cpu().double() @ atoms
             unit = normalize(mixed, dim=0)
-            parts.append((atoms - (atoms @ unit)[:, None] * unit) / mixed.norm())
-        return self.pull * torch.cat(parts, dim=1).T
+            found[name] = ((atoms - (atoms @ unit)[:, None] * unit) / mixed.norm()).T
+        return found
+
+    def _jacobian_by_rows(self, alpha: Tensor) -> Tensor:
+        """d y / d alpha, (n, words): one backward pass through the text encoder a row."""
+        parts = []
+        for rows in self.rows.split(self.chunk):
+            each = alpha.expand(len(rows), -1).clone().requires_grad_()
+            with torch.enable_grad():
+                total = (flat(self.mixture.encode(each)) * rows).sum()
+            parts.append(torch.autograd.grad(total, each)[0].cpu().double())
+        return torch.cat(parts)
+
+    def _jacobian_by_columns(self, alpha: Tensor) -> Tensor:
+        """The same by finite differences in each number of the token, chained with how the token turns with alpha."""
+        total = torch.zeros(len(self.rows), len(alpha), dtype=torch.double)
+        with torch.no_grad():
+            token = self.mixture.tokens(alpha[None])
+            for name, turning in self._turning(alpha).items():
+                row, length = token[name][0], self.mixture.norms[name]
+                moved = torch.cat([row, row + _BUMP * length * torch.eye(row.shape[1]).to(row)])
+                parts = []
+                for part in moved.split(self.chunk):
+                    slot = {key: value.expand(len(part), 1, -1) for key, value in token.items()} | {name: part[:, None]}
+                    parts.append((flat(self.mixture.encode_tokens(slot)) @ self.rows.T).cpu().double())
+                values = torch.cat(parts)
+                total += ((values[1:] - values[0]) / _BUMP).T @ turning
+        return total
 
 
 class Search:
@@ -142,20 +185,27 @@ class Search:
         of_size = [entry for words, entry in self.found.items() if size is None or len(words) == size]
         return max(of_size, key=lambda entry: entry[0])[1] if of_size else None
 
-    def run(self, starts: Iterable[Tensor], rounds: int = 4) -> None:
-        """Solve for sparse weights from each start until they repeat; then exchange words; then do the same with ever fewer words."""
+    def run(self, starts: Iterable[Tensor], rounds: int = 2) -> None:
+        """Solve for sparse weights from each start until they repeat; then exchange words; then do the same with ever fewer words.
+
+        A start of few words is itself found, and so is what is left when its words are left out one after the other.
+        """
         for start in starts:
-            self._solve(start, rounds)
+            size = int((start > 0).sum())
+            if size <= self.count:
+                self.add([start])
+            if size <= 3 * self.count:
+                self._thin(start)
+            if size <= self.count or size == len(start):
+                self._solve(start, rounds)
         alpha = self.best()
         while alpha is not None:
             alpha = self._exchange(alpha, rounds)
             support = alpha.nonzero()[:, 0].tolist()
             if len(support) < 2:
                 break
-            fewer = alpha.repeat(len(support), 1)
-            fewer[range(len(support)), support] = 0
-            self.add(fewer / fewer.sum(1, keepdim=True))
-            alpha, rounds = self.best(len(support) - 1), 2
+            self.add(_each_left_out(alpha))
+            alpha, rounds = self.best(len(support) - 1), 1
 
     def add(self, alphas: Iterable[Tensor]) -> None:
         """Polish those whose words are new, and keep them."""
@@ -168,6 +218,22 @@ class Search:
             for words in {given, _words(alpha)}:  # weights may have become 0
                 if words not in self.found or self.found[words][0] < score:
                     self.found[words] = score, alpha
+
+    def _thin(self, alpha: Tensor) -> None:
+        """Leave out one word after the other, the most useless first, with ``_BEAM`` sets going on at a time."""
+        level = [alpha]
+        while level:
+            self._pulse()
+            proposed = {_words(fewer): fewer for each in level for fewer in _each_left_out(each)}
+            if not proposed:
+                return
+            options = torch.stack(list(proposed.values()))
+            options = options[self.surrogate.r2(options).topk(min(2 * _BEAM, len(options))).indices]
+            polished, scores = self.surrogate.polish(options, 2)
+            for each, score in zip(polished, scores.tolist(), strict=True):
+                if len(_words(each)) <= self.count and score > self.found.get(_words(each), (-torch.inf, each))[0]:
+                    self.found[_words(each)] = score, each
+            level = list(polished[scores.topk(min(_BEAM, len(scores))).indices])
 
     def _solve(self, alpha: Tensor, rounds: int) -> None:
         for _ in range(rounds):
@@ -237,6 +303,16 @@ def strongest(alpha: Tensor, count: int) -> Tensor:
 
 def _words(alpha: Tensor) -> tuple[int, ...]:
     return tuple(alpha.nonzero()[:, 0].tolist())
+
+
+def _each_left_out(alpha: Tensor) -> Tensor:
+    """alpha without each of its words in turn, (words, all), summing to 1; none where it is one word."""
+    support = alpha.nonzero()[:, 0].tolist()
+    if len(support) < 2:
+        return alpha.repeat(0, 1)
+    fewer = alpha.repeat(len(support), 1)
+    fewer[range(len(support)), support] = 0
+    return fewer / fewer.sum(1, keepdim=True)
 
 
 def _on(support: Tensor, weights: Tensor, instead: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from .result import Decomposition, fill
 from .sparse import PENALTIES, sparse_solutions
 from .task import Tally, Task
 
+_LEAST = 1e-9
+"""What a candidate that leaves the prompt as it is counts, so that no logarithm is infinite."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -38,14 +41,14 @@ BUDGETS: Mapping[str, Settings] = MappingProxyType(
 
 
 def decompose_text(task: Task) -> Decomposition:
-    """The sparse code of the concept's token embeddings (`text_code`) or of its encoded prompt (`prompt_code`), as a decomposition.
+    """The sparse code of the concept's token embeddings (`text_code`) or of its encoded prompt (`PromptSpace.code`), as a decomposition.
 
     Taken is the one whose mixture, put in the template, is encoded nearer to the concept's prompt. It is measured like any other
     decomposition where the budget pays for that.
     """
     options = task.choose(BUDGETS)
     mixture = Mixture.of(task.model, task.template, task.pool)
-    codes = {"token embeddings": text_code(task), "encoded prompts": prompt_code(task)}
+    codes = {"token embeddings": text_code(task), "encoded prompts": prompt_space(task).code(task.words)}
     teacher = _means(task.teacher)
     with torch.no_grad():
         missed = {space: float((_means(mixture.encode(code[None])) - teacher).norm()) for space, code in codes.items()}
@@ -97,23 +100,40 @@ def text_code(task: Task) -> Tensor:
     scale = {name: float(rows.norm(dim=1).mean()) for name, rows in pool.items()}
     atoms = torch.cat([rows.double().cpu() / scale[name] for name, rows in pool.items()], dim=1)
     target = torch.cat([normalize(own[name].double().cpu(), dim=1).sum(0) for name in pool])
-    return _nearest(task, atoms, target)
+    return _nearest(task.words, atoms, target)
+
+
+@dataclass(frozen=True)
+class PromptSpace:
+    """What the text encoder makes of the template with each candidate, and with the concept, as seen from the candidates' mean.
+
+    atoms: (pool, width), target: (width,), both means over the positions (a phrase moves what follows it), double, CPU.
+    """
+
+    atoms: Tensor
+    target: Tensor
+
+    def code(self, count: int) -> Tensor:
+        """Weights (pool,) >= 0 with sum 1, at most ``count`` of them above 0, whose atoms add up to what is nearest to the target."""
+        return _nearest(count, self.atoms, self.target)
+
+    @property
+    def surprise(self) -> Tensor:
+        """Nats it takes to name each candidate, (pool,): those that hardly move the prompt say little, and are the less likely meant."""
+        effect = self.atoms.square().sum(1)
+        return -((effect + _LEAST) / (effect + _LEAST).sum()).log()
 
 
 @torch.no_grad()
-def prompt_code(task: Task, chunk: int = 64) -> Tensor:
-    """Weights (pool,) like those of `text_code`, by what the text encoder makes of whole prompts.
-
-    Atoms are the encoded template with each word, the target that with the concept, all as means over the positions (a phrase moves what
-    follows it) and as seen from the mean atom. Costs no evals, one text encoding a candidate;
-    ``before_call`` runs before each ``chunk`` of them.
-    """
+def prompt_space(task: Task, chunk: int = 64) -> PromptSpace:
+    """Costs no evals, one text encoding a candidate; ``before_call`` runs before each ``chunk`` of them."""
     words, parts = list(task.pool), []
     for start in range(0, len(words), chunk):
         task.model.before_call()
         parts.append(_means(task.model.text.encode([fill(task.template, word) for word in words[start : start + chunk]])))
     atoms = torch.cat(parts)
-    return _nearest(task, atoms - atoms.mean(0), (_means(task.teacher) - atoms.mean(0))[0])
+    centre = atoms.mean(0)
+    return PromptSpace(atoms - centre, (_means(task.teacher) - centre)[0])
 
 
 def _means(conditioning: Conditioning) -> Tensor:
@@ -121,9 +141,9 @@ def _means(conditioning: Conditioning) -> Tensor:
     return conditioning.context.float().mean(1).cpu().double()
 
 
-def _nearest(task: Task, atoms: Tensor, target: Tensor) -> Tensor:
+def _nearest(count: int, atoms: Tensor, target: Tensor) -> Tensor:
     """The sparse non-negative combination of atoms (pool, width) at the smallest angle to ``target`` (width,); one word at least."""
-    count = min(task.words, len(atoms))
+    count = min(count, len(atoms))
     found = [x for _, x in sparse_solutions(atoms.T.contiguous(), target, count, PENALTIES)] if bool(atoms.any()) else []
     if not found:
         nearest = (normalize(atoms, dim=1) @ target).argmax()

@@ -15,7 +15,8 @@ from conceptkit.core.decompose.distilled import ENOUGH, evidence
 from conceptkit.core.decompose.mixture import Mixture, SimplexDescent
 from conceptkit.core.decompose.sparse import LeastSquares, small_nnls
 from conceptkit.core.decompose.states import States, distances, harvest
-from conceptkit.core.decompose.surrogate import Surrogate, flat
+from conceptkit.core.decompose.surrogate import Search, Surrogate, flat
+from conceptkit.core.decompose.text import PromptSpace
 from conceptkit.core.model import Conditioning, Meter, Model, NonFinite, OutOfMemory, Slot
 from torch import Tensor
 from torch.nn.functional import normalize, softmax
@@ -215,7 +216,7 @@ def test_a_search_that_fails_tries_other_ways_and_says_so() -> None:
     """Two candidates that have nothing to do with the concept: nothing explains it, and the result does not claim to."""
     found = take_apart(world(), "wah", candidates=["wai", "waj"])
     assert not found.reliable and "do not explain" in found.summary()
-    assert [attempt.start for attempt in found.attempts] == ["linearised", "linearised again", "one word"]
+    assert [attempt.start for attempt in found.attempts] == ["linearised", "linearised again", "one word, or the text alone"]
     assert sum(attempt.kept for attempt in found.attempts) == 1 and found.r2 < ENOUGH
 
 
@@ -334,6 +335,63 @@ def test_the_surrogate_s_equations_are_its_derivatives_and_vanish_along_alpha(pu
     assert torch.allclose(surrogate.cosine(torch.stack([truth, 7 * truth])), torch.ones(2, dtype=torch.double))
 
 
+def test_the_surrogate_differentiates_by_rows_and_by_columns_alike() -> None:
+    mixture = some_words(in_double(world(("l", "g"))))
+    size = flat(mixture.encode(torch.ones(1, 5, dtype=torch.double))).shape[1]
+    rows = torch.randn(40, size, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    surrogate = Surrogate(mixture, rows, torch.zeros(40, dtype=torch.double))
+    alpha = torch.tensor([0.3, 0.3, 0.2, 0.1, 0.1], dtype=torch.double)
+    exact, near = surrogate._jacobian_by_rows(alpha), surrogate._jacobian_by_columns(alpha)
+    assert float((exact - near).norm()) < 0.05 * float(exact.norm()) > 0
+
+
+def test_a_search_leaves_words_out_until_the_planted_ones_are_left() -> None:
+    model = world()
+    mixture = some_words(model, NAMES[:12])
+    truth = torch.zeros(12).index_fill(0, torch.tensor([2, 7]), 0.5)
+    with torch.no_grad():
+        target = flat(mixture.encode(truth[None]))[0]
+    rows = torch.randn(20, len(target), generator=torch.Generator().manual_seed(1)) / 20
+    search = Search(Surrogate(mixture, rows, rows @ target), 3, lambda: None)
+    search.run([torch.full((12,), 0.0).index_fill(0, torch.tensor([0, 2, 4, 7, 9, 11]), 1 / 6)], rounds=0)
+    assert all(len(words) <= 3 for words in search.found) and (2, 7) in search.found
+    best = search.best(2)
+    assert best is not None and torch.allclose(best, truth, atol=1e-2)
+
+
+def test_the_codes_of_prompts_add_up_to_the_concept_s_and_names_cost_more_the_less_they_say() -> None:
+    atoms = torch.randn(9, 16, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    atoms[4] *= 0.1
+    code = PromptSpace(atoms, 2 * atoms[1] + atoms[3]).code(4)
+    assert set(code.nonzero()[:, 0].tolist()) >= {1, 3} and float(code[1]) == pytest.approx(2 / 3, abs=0.02)
+    surprise = PromptSpace(atoms, atoms[0]).surprise
+    assert int(surprise.argmax()) == 4 and float((-surprise).exp().sum()) == pytest.approx(1)
+    assert torch.allclose(PromptSpace(torch.zeros(5, 3), torch.zeros(3)).surprise, torch.full((5,), math.log(5), dtype=torch.float32))
+
+
+def test_a_result_worse_than_no_words_says_that_it_explains_nothing() -> None:
+    found = take_apart(world(), planted(world(), ["wac", "wbb"], [0.6, 0.4]), words=2)
+    assert found.fidelity is not None and "explains nothing" not in found.summary()
+    poor = replace(found, fidelity=replace(found.fidelity, heldout=-0.5))
+    assert "explains nothing (R2 -0.50)" in poor.summary() and "do not explain" in poor.summary()
+
+
+def test_discord_is_the_divergence_of_the_shares_from_what_the_words_matter() -> None:
+    model = world()
+    mixture = some_words(model)
+    with torch.no_grad():
+        target = flat(mixture.encode(torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]])))[0]
+    rows = torch.randn(20, len(target), generator=torch.Generator().manual_seed(1)) / 20
+    surrogate = Surrogate(mixture, rows, rows @ target)
+    alphas = torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0], [0.4, 0.4, 0.2, 0.0, 0.0], [0.2, 0.2, 0.6, 0.0, 0.0]])
+    lone, some, much = surrogate.discord(alphas).tolist()
+    assert lone == 0 < some < much
+    without = torch.tensor([[0.0, 0.4, 0.2, 0.0, 0.0], [0.4, 0.0, 0.2, 0.0, 0.0], [0.4, 0.4, 0.0, 0.0, 0.0]])
+    lost = (surrogate.r2(alphas[1:2]) - surrogate.r2(without)).clamp(0.005, 1)
+    shares = torch.tensor([0.4, 0.4, 0.2], dtype=torch.double)
+    assert some == pytest.approx(float((shares * (shares / (lost / lost.sum())).log()).sum()), rel=1e-4)
+
+
 def test_polishing_never_loses_and_keeps_to_its_words() -> None:
     model = world()
     mixture = some_words(model, NAMES[:12])
@@ -350,14 +408,14 @@ def test_polishing_never_loses_and_keeps_to_its_words() -> None:
 
 
 def test_evidence_wants_few_words_that_explain_much_near_the_embedding() -> None:
-    usual = dict(missed=0.05, cosine=0.6, words=4, candidates=500, width=96)
+    usual = dict(missed=0.05, cosine=0.6, surprise=20.0, candidates=500, width=96)
     best = evidence(**usual)  # type: ignore[arg-type]
-    for worse in (dict(missed=0.2), dict(cosine=0.5), dict(words=5), dict(candidates=5000)):
+    for worse in (dict(missed=0.2), dict(cosine=0.5), dict(surprise=25.0), dict(candidates=5000)):
         assert evidence(**{**usual, **worse}) < best  # type: ignore[arg-type]
     # what the best of as many random directions has says nothing
     by_chance = (2 * math.log(500) / 96) ** 0.5
-    assert evidence(0.05, by_chance, 4, 500, 96) == evidence(0.05, 0.0, 4, 500, 96)
-    assert all(math.isfinite(evidence(missed, cosine, 1, 1, 8)) for missed in (0.0, 3.0) for cosine in (0.0, 1.0))
+    assert evidence(0.05, by_chance, 20.0, 500, 96) == evidence(0.05, 0.0, 20.0, 500, 96)
+    assert all(math.isfinite(evidence(missed, cosine, 0.0, 1, 8)) for missed in (0.0, 3.0) for cosine in (0.0, 1.0))
 
 
 def test_a_stopped_run_goes_on_from_what_it_paid_for(tmp_path: Path) -> None:
