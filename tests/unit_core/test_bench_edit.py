@@ -57,7 +57,8 @@ def test_what_is_planned_is_what_is_spent(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["report"]["concepts"][0]["text"] == "circle"
 
 
-def test_the_plan_fits_the_profile_and_judges_first() -> None:
+def test_the_plan_fits_the_profile_and_judges_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame, "DATA", tmp_path)  # as on weights that nothing was measured on
     suite = EditSuite()
     plan = frame.plan(suite, None)
     assert plan.evals <= 150_000 == suite.limit
