@@ -30,31 +30,33 @@ CONCEPTS = ("circle -> square", "red -> green", "robin", "gothic")
 MORE_CONCEPTS = ("star", "blue -> yellow", "apple -> car", "castle", "bird -> flower", "joy", "festive")
 SETS = ("concept", "synonym", "pair", "neighbour", "unrelated", "derived", "learned")
 BEFORE = (*SETS[:5], "chance", "replacement", "learned")
+ABLATED = ("concept", "synonym", "pair", "neighbour", "derived")
+"""What is drawn with each ablation, of the concepts of ``quick``."""
+CERTIFIED = MORE_CONCEPTS[:4]
+"""Of which ``quick`` draws the derived attack alone, for the certificate."""
 STRENGTHS = (0.25, 0.5, 0.75)
 """Of the default method, further edits for the certificate."""
 THREADS = 2
 """Of the speed measurements, ours and the published loops' alike."""
 PROTOCOL = 1
 """Raised whenever what a job measures changes, so that older results are not taken for it."""
+CERTIFICATE = "erase, for the certificate"
 _CODE = ("default.py", "edit.py", "erase.py", "job.py", "layers.py", "presets.py", "report.py", "solve.py", "texts.py")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much a profile measures. counts: pictures; ablated, ablation: concepts and pictures of the ablation; official_layers: layers of
-    each height that the published loops are timed on."""
+    """How much a profile measures. counts: pictures; official_layers: layers of each height that the published loops are timed on."""
 
     concepts: tuple[str, ...]
     counts: Counts
-    ablated: tuple[str, ...]
-    ablation: Counts
     official_layers: int
     limit: int | None
 
 
 SIZES: Mapping[Profile, Size] = {
-    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), CONCEPTS[:2], Counts(12, 4, 1, 8, 0), 2, 150_000),
-    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), CONCEPTS, Counts(64, 24, 4, 32, 0), 1000, None),
+    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), 2, 150_000),
+    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), 1000, None),
 }
 
 
@@ -90,7 +92,9 @@ class EditSuite:
         jobs += [self._erase(DEFAULT, concept) for concept in self.size.concepts if DEFAULT in self.measured]
         jobs += [self._before(concept) for concept in self.size.concepts]
         jobs += [self._erase(method, concept) for method in self.measured if method != DEFAULT for concept in self.size.concepts]
-        jobs += [self._ablation(name, concept) for concept in self.size.ablated for name in self._ablations]
+        if self.profile == "quick":
+            jobs += [self._certified(method, concept) for method in self.measured for concept in CERTIFIED]
+        jobs += [self._ablation(name, concept) for name in self._ablations for concept in (*CONCEPTS, *MORE_CONCEPTS)]
         if self.profile == "full":
             jobs += [self._erase(DEFAULT, concept, strength) for strength in STRENGTHS for concept in self.size.concepts]
             jobs += [self._erase(DEFAULT, concept, hard=True) for concept in self.size.concepts]
@@ -108,27 +112,30 @@ class EditSuite:
         asked = {"method": method, "concept": concept, "strength": strength, "hard": hard}
         default, further = method == DEFAULT, hard or strength != 1
         # Learning costs most, and is what the default is judged by; of edits for the certificate alone only the attacks are drawn.
-        sets = ("concept", "derived", "learned") if further else SETS if default or self.profile == "full" else SETS[:-1]
-        part = "erase, for the certificate" if further else f"erase, {method}"
-        return self._edited(part, measure_edit, asked, self.size.counts, sets, baseline=not default)
+        sets = SETS[5:] if further else SETS if default or self.profile == "full" else SETS[:-1]
+        return self._edited(CERTIFICATE if further else f"erase, {method}", measure_edit, asked, sets, baseline=not default)
+
+    def _certified(self, method: str, concept: str) -> Job:
+        asked = {"method": method, "concept": concept, "strength": 1.0, "hard": False}
+        return self._edited(CERTIFICATE, measure_edit, asked, ("derived",), baseline=True)
 
     def _ablation(self, name: str, concept: str) -> Job:
-        asked = {"without": name, "concept": concept}
-        return self._edited("ablation", measure_ablation, asked, self.size.ablation, SETS[:-1], baseline=True)
+        # The default itself is drawn already; other concepts are measured without a picture.
+        sets = ABLATED if concept in CONCEPTS and ABLATIONS[name] else ()
+        return self._edited("ablation", measure_ablation, {"method": name, "concept": concept}, sets, baseline=True)
 
     def _edited(
         self,
         part: str,
         measure: Callable[..., Result],
         asked: dict[str, Any],
-        counts: Counts,
         sets: Sequence[str],
         *,
         baseline: bool = False,
     ) -> Job:
-        evals = planned(shapes_world(), _concept(asked["concept"]), counts, sets)
+        evals = planned(shapes_world(), _concept(asked["concept"]), self.size.counts, sets)
         code = tuple(_digest(Path(__file__).parents[1] / "edit" / name) for name in _CODE)
-        asked |= {"counts": asdict(counts), "sets": list(sets)}
+        asked |= {"counts": asdict(self.size.counts), "sets": list(sets)}
         return Job(part, measure, self._on_demo(asked), evals, (str(PROTOCOL), weights_digest(self.model), *code), baseline=baseline)
 
     def _before(self, concept: str) -> Job:
@@ -154,13 +161,15 @@ class EditSuite:
         edits = [job for job in self._jobs if job.measure is measure_edit and job.key in done]
         rows = []
         for method in self.measured:
-            mine = [job for job in edits if _is(job, method)]
+            mine = [job for job in edits if job.part == f"erase, {method}"]
             if mine:
                 rows.append(_erase_row("erase", method, mine, done, before, cached))
+        drawn = [job for job in edits if job.part == f"erase, {DEFAULT}" and job.arguments["concept"] in CONCEPTS]
         for name in self._ablations:
-            mine = [job for job in self._jobs if job.measure is measure_ablation and job.arguments["without"] == name and job.key in done]
-            if mine:
-                rows.append(_erase_row("ablation", f"without {name}", mine, done, before, cached))
+            mine = [job for job in self._jobs if job.measure is measure_ablation and job.arguments["method"] == name and job.key in done]
+            seen = [job for job in mine if job.arguments["sets"]] if ABLATIONS[name] else drawn
+            if mine and seen:
+                rows.append(_ablation_row(name, mine, seen, done, before, cached))
         for size in ("sd15", "sdxl"):
             rows += self._speed_row(size, done)
         return [*rows, *_certificate_row([done[job.key] for job in edits])]
@@ -206,11 +215,6 @@ def _concept(line: str) -> Concept:
     from ..edit import parse_concepts
 
     return parse_concepts(line)[0]
-
-
-def _is(job: Job, method: str) -> bool:
-    """Whether a job erases with this method as it is meant to be used."""
-    return job.arguments["method"] == method and job.arguments["strength"] == 1.0 and not job.arguments["hard"]
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,24 @@ def _erase_row(
     row |= _said([done[job.key]["report"] for job in jobs])
     each = [_concept_figures(job, done, before.get(job.arguments["concept"]), drop) for job, drop in zip(jobs, drops, strict=True)]
     return {**row, "intervals": intervals, "each": each}
+
+
+def _ablation_row(
+    name: str, jobs: Sequence[Job], seen: Sequence[Job], done: Mapping[str, Result], before: Mapping[str, _Seen], cached: frozenset[str]
+) -> dict[str, Any]:
+    """What was seen of the concepts that were drawn, and the figures that need no picture, of those and of all others."""
+    row = _erase_row("ablation", name, seen, done, before, cached)
+    for suffix, results in (
+        ("", [done[job.key] for job in jobs if job.arguments["concept"] in CONCEPTS]),
+        ("_further", [done[job.key] for job in jobs if job.arguments["concept"] not in CONCEPTS]),
+    ):
+        figures = _said([result["report"] for result in results])
+        for key in ("beside", "synonym", "padding"):
+            known = [result["left"][key] for result in results if key in result["left"]]
+            figures |= {f"trace_{key}": statistics.fmean(known)} if known else {}
+        figures |= {"prompts": statistics.fmean(result["prompts"] for result in results)} if results else {}
+        row |= {f"{key}{suffix}": value for key, value in figures.items()}
+    return {**row, "concepts": len(jobs), "cached": len(cached & {job.key for job in jobs})}
 
 
 def _concept_figures(job: Job, done: Mapping[str, Result], before: _Seen | None, drops: Mapping[str, Sequence[int]]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ edited model is run in the conditioning form, which equals the weight form (a la
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..demo.render import SIDE
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..demo.detect import Reading
     from ..edit import Concept, ContextEdit
+    from ..edit.job import Job
     from ..model import Conditioning, Model, Slot
 
 TEMPLATE = "a photo of a {}"
@@ -29,14 +31,16 @@ BATCH = 16
 PARTNERS = ("square", "car", "daisy", "heart", "barn", "lemon", "diamond", "raven")
 """What stands beside the concept in prompts of two things."""
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "padding": {"padding": 0.0},
-    "prompts with other words": {"frames": 0},
-    "synonyms": {"synonym": 0.0},
-    "near words that stay": {"siblings": 0},
-    "sparing derived columns": {"rounds": 2},
-    "exact empty prompt": {"null": 0.0, "empty": 0.0},
+    "the default": {},
+    "without padding": {"padding": 0.0},
+    "without prompts with other words": {"frames": 0},
+    "without synonyms": {"synonym": 0.0},
+    "without near words that stay": {"siblings": 0},
+    "without an anchor of its kind": {"apart": float("inf")},
+    "without an exact empty prompt": {"null": 0.0, "empty": 0.0},
+    "with derived columns": {"rounds": 2},
 }
-"""What the default method is tried without, as changes to its settings."""
+"""What the default method is tried without (and with), as changes to its settings."""
 LEARN_BATCH = 8
 LEARN_RATE = 0.1
 """Of Adam, in units of a table row's root mean square."""
@@ -73,10 +77,9 @@ def cases(world: World, concept: Concept, counts: Counts) -> dict[str, list[Case
     """
     word = world.words[concept.text]
     seeds = range(50_000, 50_000 + counts.concept)
-    synonyms = [other.text for other in world.words.values() if other.synonym_of == word.text]
     found = {
         "concept": [Case(TEMPLATE.replace("{}", word.text), seed, word.text) for seed in seeds],
-        "synonym": [Case(TEMPLATE.replace("{}", text), seed + 1_000, word.text) for text in synonyms for seed in seeds],
+        "synonym": [Case(TEMPLATE.replace("{}", text), seed + 1_000, word.text) for text in synonyms(world, word.text) for seed in seeds],
         "pair": [Case(prompt, seed + 2_000, word.text) for prompt, seed in zip(_pairs(world, word, concept), seeds, strict=False)],
         "neighbour": [
             Case(TEMPLATE.replace("{}", text), 53_000 + i, text) for text in neighbours(world, word) for i in range(counts.neighbour)
@@ -87,6 +90,11 @@ def cases(world: World, concept: Concept, counts: Counts) -> dict[str, list[Case
         "chance": [Case("", 55_000 + i, word.text) for i in range(counts.attack)],
     }
     return found
+
+
+def synonyms(world: World, word: str) -> list[str]:
+    """Words that mean the same."""
+    return [other.text for other in world.words.values() if other.synonym_of == word]
 
 
 def neighbours(world: World, word: Word) -> tuple[str, ...]:
@@ -155,22 +163,56 @@ def measure_edit(
     return {**_drawn(loaded, world, asked, edit, Counts(**counts), sets), "seconds": seconds}
 
 
-def measure_ablation(model: str, world: str, without: str, concept: str, counts: Mapping[str, int], sets: Sequence[str]) -> Result:
-    """The same for the default method without one of its ingredients."""
+def measure_ablation(model: str, world: str, method: str, concept: str, counts: Mapping[str, int], sets: Sequence[str]) -> Result:
+    """The same for the default method without one of its ingredients, and where the concept is left, by the trace. sets may be empty."""
     from ..edit import ContextEdit, parse_concepts, report_edit
     from ..edit.default import DEFAULT, conceptkit
     from ..edit.edit import single
     from ..edit.job import Job
-    from .decompose import _model
+    from .decompose import WORLDS, _model
 
     loaded = _model(model)
     (asked,) = parse_concepts(concept)
     start = time.perf_counter()
-    solution = conceptkit(Job(loaded, (asked,)), replace(DEFAULT, **ABLATIONS[without]))
-    edit = ContextEdit(loaded.family, single(solution.context), concepts=(asked,), anchors=solution.anchors)
-    seconds = round(time.perf_counter() - start, 3)
+    job = Job(loaded, (asked,))
+    solution = conceptkit(job, replace(DEFAULT, **ABLATIONS[method]))
+    seconds, prompts = round(time.perf_counter() - start, 3), job.texts.encodes
+    known = WORLDS[world]()
+    # Known synonyms are no neighbours, whichever of them this variant finds.
+    settings = {"with": ", ".join(synonyms(known, asked.text))}
+    edit = ContextEdit(loaded.family, single(solution.context), concepts=(asked,), anchors=solution.anchors, settings=settings)
     edit = replace(edit, report=report_edit(loaded, edit))
-    return {**_drawn(loaded, world, asked, edit, Counts(**counts), sets), "seconds": seconds}
+    left = left_over(job, known, edit)
+    return {**_drawn(loaded, world, asked, edit, Counts(**counts), sets), "seconds": seconds, "left": left, "prompts": prompts}
+
+
+def left_over(job: Job, world: World, edit: ContextEdit) -> dict[str, float]:
+    """What the trace leaves of a concept beside other words, asked for by its synonyms, and in the padding: without a picture."""
+    import torch
+
+    from ..edit.report import trace
+    from ..edit.solve import LowRank
+
+    (concept,), (anchor,) = edit.concepts, edit.anchors
+    word = world.words[concept.text]
+    factors = LowRank(edit.context.u.double(), edit.context.v.double())
+
+    def left(asked: Iterable[tuple[str, str]], *, padding: bool = False) -> float:
+        columns, anchors = [], []
+        for template, text in asked:
+            ours, theirs = job.texts.prompt(template, text), job.texts.prompt(template, anchor)
+            if padding:
+                columns.append(ours.context[max(ours.end, theirs.end) + 1 :])
+                anchors.append(theirs.context[max(ours.end, theirs.end) + 1 :])
+            else:
+                columns.append(ours.context[[ours.last, ours.end]])
+                anchors.append(theirs.context[[max(theirs.last, 0), theirs.end]])
+        return trace(factors, torch.cat(columns).T, torch.cat(anchors).T, job.gram.matrix)
+
+    beside = [(prompt.replace(word.text, "{}"), word.text) for prompt in islice(_pairs(world, word, concept), len(PARTNERS))]
+    others = [(TEMPLATE, text) for text in synonyms(world, word.text)]
+    found = {"padding": left([(TEMPLATE, word.text)], padding=True)}
+    return found | {name: left(asked) for name, asked in (("beside", beside), ("synonym", others)) if asked}
 
 
 def _drawn(model: Model, world: str, asked: Concept, edit: ContextEdit, budget: Counts, sets: Sequence[str]) -> dict[str, Any]:

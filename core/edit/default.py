@@ -25,7 +25,7 @@ from ..vocabulary import candidates
 from .job import Job, Solution
 from .report import Adversary, distortion, trace
 from .solve import LowRank, Problem, annihilate, minimise, response
-from .texts import BATCH, TEMPLATES, Concept, Prompt, common_words, fill, mentions
+from .texts import TEMPLATES, Concept, Prompt, common_words, fill, mentions
 
 FRAMES = (
     "a photo of a {} and a {0}",
@@ -44,10 +44,14 @@ STEPS = 6
 """Bisections of the weight of captions."""
 INDEPENDENT = 0.05
 """Smallest singular value, relative to the largest, of a direction that says something of its own."""
+UNHEARD = 1e-6
+"""Share of the largest below which a combination of columns counts for nothing where anchors are compared."""
+COLUMNS = 2
+"""Directions that are a concept's own: where it is said, and at the end of the prompt."""
 TYPICAL = 0.1
 """A weight of captions to compare anchors at, and for the pooled text."""
 AHEAD = 7
-"""Words whose prompts are encoded together, beside a concept's where anchors are compared."""
+"""Words whose prompts, four each, are encoded together, beside a concept's where anchors are compared."""
 TOTAL_FRAMES = 1024
 """Prompts over all concepts of one call, beyond which each concept gets fewer."""
 
@@ -68,7 +72,7 @@ class Settings:
 
     said: float = 1.0
     padding: float = 0.2
-    frames: int = 48
+    frames: int = 24
     looked_at: int = 48
     synonym: float = 0.33
     apart: float = 0.75
@@ -117,13 +121,18 @@ class _Target:
 
 
 def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
-    """Solve the concepts of a job together."""
+    """Solve the concepts of a job together. Raises ValueError for more of them than the text is wide enough for."""
+    exact = _null(job, settings.null)
+    most = (job.width - exact.shape[1]) // COLUMNS
+    if len(job.concepts) > most:
+        raise ValueError(
+            f"{len(job.concepts)} concepts are too many for a text {job.width} wide: what is said of them leaves no room for other words; "
+            f"erase at most {most}"
+        )
     targets = [_target(job, concept, settings) for concept in job.concepts]
     twins = _twins(job, targets, settings)
     second, moved = torch.zeros(2, job.width, job.width, dtype=torch.float64)
-    for number, twin in enumerate(twins):
-        if number % BATCH == 0:
-            job.texts.load(text for ahead in twins[number : number + BATCH] for text in (ahead.ours, ahead.theirs))
+    for twin in job.texts.ahead(twins, lambda twin: (twin.ours, twin.theirs)):
         c, a, w = _block(job, twin, settings)
         w = w * (len(job.concepts) / len(twins))
         second += (c * w) @ c.T
@@ -135,7 +144,7 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
     none = torch.zeros(job.width, 0, dtype=torch.float64)
     null = job.texts.context("")
     preserve = _staying(job, stay) + settings.empty * null.T @ null
-    base = Problem(none, none, none[0], ridge, preserve, invariant=_null(job, settings.null), second=second, moved=moved)
+    base = Problem(none, none, none[0], ridge, preserve, invariant=exact, second=second, moved=moved)
     marks = [_marks(job, target) for target in targets]
     gram = job.gram.matrix
 
@@ -172,7 +181,7 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
     edit = edit.truncate(settings.tolerance, max(settings.rank, 4 * len(targets)), gram, captions)
     if job.hard:
         # Their anchors stay where they are: a projection alone would move both sides to the middle.
-        exact = torch.cat([_null(job, settings.null), _basis(torch.cat([a for _, a in marks], 1))], 1)
+        exact = torch.cat([exact, _basis(torch.cat([a for _, a in marks], 1))], 1)
         away = _basis(torch.cat([_basis(c - a) for c, a in marks], 1))
         if exact.shape[1] + away.shape[1] > job.width:
             raise ValueError(
@@ -200,9 +209,7 @@ def _target(job: Job, concept: Concept, settings: Settings) -> _Target:
 
     said = size(ours - _two(origin))
     distances = {}
-    for number, word in enumerate(words):
-        if number % BATCH == 0:
-            job.texts.load(fill(PLAIN, ahead) for ahead in words[number : number + BATCH])
+    for word in job.texts.ahead(words, lambda word: [fill(PLAIN, word)]):
         distances[word] = size(_two(job.texts.prompt(PLAIN, word)) - ours) / max(said, 1e-12)
     kept = {word.lower() for word in job.keep}
     synonyms = tuple(word for word in words if distances[word] <= settings.synonym and word not in kept)
@@ -231,13 +238,15 @@ def _least_cost(job: Job, concept: Concept, words: Sequence[str], settings: Sett
 
     c, a, w = blocks(words[0])
     down = response(Problem(c, a, w, ridge, TYPICAL * captions))
-
+    # Of all columns together, the few combinations that captions call up.
+    sizes, axes = torch.linalg.eigh(down.T @ captions @ down)
+    heard = axes * sizes.clamp_min(0).sqrt()
+    heard = heard[:, sizes > UNHEARD * sizes[-1]]
     costs = {}
-    for number, word in enumerate(words):
-        if number % AHEAD == 0:
-            job.texts.load(fill(t, text) for t in templates for text in (concept.text, *words[number : number + AHEAD]))
+    for word in job.texts.ahead(words, lambda word: [fill(t, text) for t in templates for text in (concept.text, word)], AHEAD):
         c, a, _ = blocks(word)
-        costs[word] = distortion(LowRank(a - c, down), captions, gram)
+        moved = (a - c) @ heard
+        costs[word] = float(moved.mul(gram @ moved).sum())
     return min(words, key=costs.__getitem__)
 
 
@@ -331,15 +340,12 @@ def _without(job: Job, erased: Sequence[str]) -> tuple[Tensor, Tensor | None]:
 def _staying(job: Job, words: Mapping[str, float]) -> Tensor:
     """Weighted second moments of prompts about words that must stay, (width, width)."""
     templates = TEMPLATES[:4]
-    listed = tuple(words)
     total = torch.zeros(job.width, job.width, dtype=torch.float64)
-    for number, (word, weight) in enumerate(words.items()):
-        if number % AHEAD == 0:
-            job.texts.load(fill(t, ahead) for t in templates for ahead in listed[number : number + AHEAD])
+    for word in job.texts.ahead(tuple(words), lambda word: [fill(t, word) for t in templates], AHEAD):
         for template in templates:
             prompt = job.texts.prompt(template, word)
             rows = prompt.context[prompt.first :]
-            total += weight / len(templates) * rows.T @ rows
+            total += words[word] / len(templates) * rows.T @ rows
     return total
 
 

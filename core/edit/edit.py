@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import artifact
 from ..model import Conditioning, CrossAttention, Family, NonFinite
-from .layers import weights
+from .layers import in_single
 from .report import Report
 from .solve import LowRank
 from .texts import Concept
@@ -226,8 +226,8 @@ class ContextEdit:
         missing = set(self.gains)
         if self.rank:
             u, down = self.context.u.float().cpu(), self.context.v.float().cpu().T.contiguous()
-            for path, weight in weights(attention, self.width):
-                up = weight.float() @ u
+            for path, weight, values in in_single(attention, self.width):
+                up = values @ u
                 if path in self.gains:
                     missing.discard(path)
                     up = up * torch.tensor(self.gains[path])

@@ -16,7 +16,7 @@ from ..vocabulary import candidates
 from .default import conceptkit
 from .edit import ContextEdit, single
 from .job import Job
-from .layers import cross_attention, weights
+from .layers import cross_attention, in_single
 from .presets import PRESETS, Preset
 from .report import Adversary, ConceptTrace, Report, WordShift, distortion, shift, trace
 from .solve import LowRank
@@ -171,10 +171,10 @@ def _by_layer(job: Job, edit: ContextEdit, marks: Sequence[tuple[Tensor, Tensor]
     layers, highest = {}, [-math.inf] * len(shown)
     u, v = edit.context.u.cpu(), edit.context.v.cpu()
     coordinates = v.T @ c
-    for path, weight in weights(cross_attention(job.model), edit.width):
+    for path, _, weight in in_single(cross_attention(job.model), edit.width):
         gains = edit.gains.get(path)
         moved = c + (u if gains is None else u * torch.tensor(gains, dtype=u.dtype)) @ coordinates
-        after, away = (weight.float() @ torch.cat([moved - a, c - a], 1)).chunk(2, 1)
+        after, away = (weight @ torch.cat([moved - a, c - a], 1)).chunk(2, 1)
         part, whole = (after * away).sum(0), away.square().sum(0)
         layers[path] = float(part.sum() / whole.sum())
         each = part.view(-1, 2).sum(1) / whole.view(-1, 2).sum(1)

@@ -46,6 +46,18 @@ def weights(attention: CrossAttention, width: int) -> Iterator[tuple[str, Tensor
         raise UnsupportedModel("the model has no cross-attention to_k and to_v weights: connect an SD 1.x, SD 2.x or SDXL model")
 
 
+def in_single(attention: CrossAttention, width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Path and weight as ``weights`` yields them, and the weight's values in float32, which hold until the next one is asked for.
+
+    One buffer for all: memory taken and given back between what a caller keeps of each layer piles up. Raises as ``weights`` does.
+    """
+    room = torch.empty(0)
+    for path, weight in weights(attention, width):
+        if weight.numel() > room.numel():
+            room = torch.empty(weight.numel())
+        yield path, weight, room[: weight.numel()].view(weight.shape).copy_(weight)
+
+
 @dataclass(frozen=True, eq=False)
 class Gram:
     """G = sum_l W_l^T W_l over every to_k and to_v, (width, width) float64: what a distance between embeddings is worth to the model.
@@ -68,9 +80,8 @@ def gram(model: Model, width: int, pooled_width: int | None, cache: Path | None 
 
     def compute() -> dict[str, Tensor]:
         total = torch.zeros(width, width, dtype=torch.float64)
-        for path, weight in weights(attention, width):
-            w = weight.float()
-            product = w.T @ w
+        for path, _, weight in in_single(attention, width):
+            product = weight.T @ weight
             if not torch.isfinite(product).all():
                 raise NonFinite(f"the weight {path} holds NaN, infinity or numbers too large to square: load the checkpoint again")
             total += product

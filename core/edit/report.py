@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Report:
     def warnings(self) -> tuple[str, ...]:
         """What a user should know before relying on the edit, as sentences."""
         found = [
-            f"{c.text!r} is still there ({c.trace:.0%}): raise the strength, or keep fewer words"
+            f"{c.text!r} may still be drawn ({c.trace:.0%} of it is left): raise the strength, or keep fewer words"
             for c in self.concepts
             if c.trace > MAX_TRACE
         ]
@@ -188,18 +189,21 @@ class Adversary:
 
     def anything(self, target: Tensor, anchor: Tensor) -> float:
         """The same over all embeddings: 1 unless T is singular, whose range is {x : Y^T x = 0} with Y = V null(I + U^T V)."""
-        edit = self._edit
-        if not edit.rank:
-            return 1.0
-        # The factors are float32 in the end, so a singular value is zero up to that.
-        left, sizes, _ = torch.linalg.svd(torch.eye(edit.rank, dtype=torch.float64) + edit.v.T @ edit.u)
-        null = edit.v @ left[:, sizes < 1e-5 * sizes[:1].clamp_min(1)]
+        null = self._closed
         if not null.shape[1]:
             return 1.0
-        null, _ = torch.linalg.qr(null)
         inside = torch.linalg.solve(null.T @ torch.linalg.solve(self._gram, null), null.T @ target)
         missed = torch.linalg.solve(self._gram, null @ inside)
         return self._recovered(missed, target - anchor)
+
+    @cached_property
+    def _closed(self) -> Tensor:
+        """Y, orthonormal (d, k): empty unless T is singular."""
+        edit = self._edit
+        # The factors are float32 in the end, so a singular value is zero up to that.
+        left, sizes, _ = torch.linalg.svd(torch.eye(edit.rank, dtype=torch.float64) + edit.v.T @ edit.u)
+        null, _ = torch.linalg.qr(edit.v @ left[:, sizes < 1e-5 * sizes[:1].clamp_min(1)])
+        return null
 
     def _recovered(self, missed: Tensor, away: Tensor) -> float:
         return max(0.0, 1 - _root(_ratio(float(missed @ self._gram @ missed), float(away @ self._gram @ away))))

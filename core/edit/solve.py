@@ -16,7 +16,7 @@ from ..model import NonFinite
 SINGULAR = 1e-13
 """Ratio of the smallest to the largest pivot below which a system counts as singular."""
 
-_MEND = "give a positive ridge (lam), or captions to preserve"
+_MEND = "give a positive ridge (lam), or more captions to preserve"
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +230,15 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def root(matrix: Tensor) -> Tensor:
-    """A Cholesky factor L with L L^T = matrix + a little of its own scale, so that what nothing weighs keeps an answer."""
-    raised = matrix.to(torch.float64, copy=True)
-    raised.diagonal().add_(1e-9 * matrix.diagonal().mean())
-    return torch.linalg.cholesky(raised)
+    """A Cholesky factor L with L L^T = matrix + a little of its own scale, so that what nothing weighs keeps an answer.
+
+    As little as rounding allows: sums of float32 products of few columns can come out slightly negative. Raises as ``minimise`` does.
+    """
+    scale = float(matrix.diagonal().mean())
+    for share in (1e-9, 1e-7, 1e-5):
+        raised = matrix.to(torch.float64, copy=True)
+        raised.diagonal().add_(share * scale)
+        factor, failed = torch.linalg.cholesky_ex(raised)
+        if not int(failed):
+            return factor
+    raise ValueError(f"the system is singular: {_MEND}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from ..model import Model, TextEncoder
 from ..vocabulary import is_known, stem, whole_words
 from .layers import cached
+
+T = TypeVar("T")
 
 BATCH = 32
 """Prompts a call."""
@@ -125,6 +128,13 @@ class Texts:
         for prompt in [p for p in self._contexts if p not in wanted][: max(0, len(self._contexts) - room)]:
             del self._contexts[prompt]
 
+    def ahead(self, items: Sequence[T], prompts: Callable[[T], Iterable[str]], count: int = BATCH) -> Iterator[T]:
+        """``items`` one by one, the ``prompts`` of each in memory; those of ``count`` items are encoded together."""
+        for first in range(0, len(items), count):
+            part = items[first : first + count]
+            self.load(prompt for item in part for prompt in prompts(item))
+            yield from part
+
     def context(self, prompt: str) -> Tensor:
         """(positions, width)."""
         if prompt not in self._contexts:
@@ -228,8 +238,9 @@ def corpus(texts: Texts, captions: Sequence[str], cache: Path | None = None) -> 
             # Not remembered: a corpus is larger than what it is for.
             with torch.no_grad():
                 encoded = texts.encoder.encode(list(captions[i : i + BATCH]))
-            rows = encoded.context.detach().float().cpu().flatten(0, 1)
-            total += (rows.T @ rows).double()
+            # In float64, from which captions that mention a concept are taken out again without a trace.
+            rows = encoded.context.detach().cpu().double().flatten(0, 1)
+            total.addmm_(rows.T, rows)
             if pooled is not None and encoded.pooled is not None:
                 row = encoded.pooled.detach().double().cpu()
                 pooled += row.T @ row

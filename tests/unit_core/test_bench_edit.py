@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,32 @@ def test_the_full_profile_covers_every_method_and_twenty_edits() -> None:
 
 
 def test_ablations_change_settings_that_there_are() -> None:
+    assert [name for name, changes in ABLATIONS.items() if not changes] == ["the default"]
     for changes in ABLATIONS.values():
-        assert changes and all(getattr(SETTINGS, name) != value for name, value in changes.items())
+        assert all(getattr(SETTINGS, name) != value for name, value in changes.items())
+
+
+def test_every_ablation_draws_what_the_default_draws() -> None:
+    suite = EditSuite()
+    jobs = [job for job in suite.jobs() if job.measure is erasure.measure_ablation]
+    (counts,) = {json.dumps(job.arguments["counts"]) for job in suite.jobs() if "counts" in job.arguments}  # equal counts, equal seeds
+    assert {job.arguments["concept"] for job in jobs} == {*CONCEPTS, *suite_module.MORE_CONCEPTS}
+    for name, changes in ABLATIONS.items():
+        drawn = {job.arguments["concept"] for job in jobs if job.arguments["method"] == name and job.arguments["sets"]}
+        assert drawn == (set(CONCEPTS) if changes else set())
+    assert all(set(job.arguments["sets"]) <= set(SETS) and (job.evals > 0) == bool(job.arguments["sets"]) for job in jobs)
+    assert json.loads(counts)["concept"] == 64
+
+
+def test_an_ablation_without_pictures_says_what_is_left() -> None:
+    def left(name: str) -> dict[str, Any]:
+        return dict(erasure.measure_ablation("demo", "shapes", name, "circle -> square", {**asdict(COUNTS)}, []))
+
+    whole, without = left("the default"), left("without prompts with other words")
+    assert whole["evals"] == 0 and whole["hits"] == {}
+    assert set(whole["left"]) == {"beside", "synonym", "padding"}
+    assert 1.2 * whole["left"]["beside"] < without["left"]["beside"]
+    assert whole["prompts"] > without["prompts"] > 0
 
 
 def result(suite: EditSuite, job: frame.Job, present: dict[str, float], regenerable: float = 0.5) -> dict[str, Any]:
@@ -112,7 +138,9 @@ def test_rows_and_bars_from_known_pictures() -> None:
             after = {"concept": 0.0, "synonym": 0.25, "pair": 0.0, "neighbour": 0.5, "unrelated": 1.0, "replacement": 1.0}
             done[job.key] = result(suite, job, after | {"derived": 1.0, "learned": 0.5})
         elif job.measure is erasure.measure_ablation:
-            done[job.key] = result(suite, job, {"concept": 1.0, "neighbour": 1.0, "unrelated": 1.0})
+            drawn = {"concept": 1.0, "neighbour": 1.0} if job.arguments["sets"] else {}
+            left = {"beside": 0.5, "padding": 0.25} if job.arguments["concept"] in CONCEPTS else {"beside": 1.0, "padding": 0.25}
+            done[job.key] = {**result(suite, job, drawn), "left": left, "prompts": 10}
     rows = suite.rows(done, frozenset())
     row = rows[0]
     assert (row["set"], row["method"], row["n"], row["concepts"]) == ("erase", DEFAULT, 4 * 64, 4)
@@ -124,16 +152,19 @@ def test_rows_and_bars_from_known_pictures() -> None:
     assert low == pytest.approx(0, abs=1e-9) and 0.01 < high < 0.03
     assert {entry["concept"] for entry in row["each"]} == set(CONCEPTS)
     without = [entry for entry in rows if entry["set"] == "ablation"]
-    assert [entry["method"] for entry in without] == [f"without {name}" for name in ABLATIONS]
-    assert without[0]["presence_after"] == 1 and without[0]["unrelated_drop"] == 0
+    assert [entry["method"] for entry in without] == list(ABLATIONS)
+    assert without[0]["presence_after"] == 0 and without[1]["presence_after"] == 1 and without[1]["neighbour_drop"] == 0
+    assert all(entry["n"] == row["n"] and entry["concepts"] == 11 and entry["prompts"] == 10 for entry in without)
+    assert (without[1]["trace_beside"], without[1]["trace_beside_further"], without[1]["trace_padding"]) == (0.5, 1.0, 0.25)
     bars = {bar.bar: bar.met for bar in suite.bars(rows)}
     assert bars["the concept is drawn after, at most 0.05"] and bars["unrelated words lose at most 0.03"]
     assert not bars["under synonyms, at most 0.05"] and not bars["nearest neighbours lose at most 0.05"]
     assert bars["the replacement is drawn, at least 0.9 of what its own prompt draws"]
 
 
-def test_the_certificate_is_a_rank_correlation() -> None:
-    suite = EditSuite("full", methods=(DEFAULT, "uce-2025"))
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_the_certificate_is_a_rank_correlation(profile: frame.Profile) -> None:
+    suite = EditSuite(profile)
     edits = [job for job in suite.jobs() if job.measure is erasure.measure_edit]
     shares = {job.key: i / len(edits) for i, job in enumerate(edits)}
     done = {job.key: result(suite, job, {"derived": shares[job.key]}, regenerable=shares[job.key]) for job in edits}

@@ -15,8 +15,9 @@ import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, LowRank, lora_tensors, parse_concepts, report_edit, save_lora, solve_edit
-from conceptkit.core.edit.default import Settings, _block, _null, _twin
+from conceptkit.core.edit.default import Settings, _block, _null, _twin, conceptkit
 from conceptkit.core.edit.edit import single
+from conceptkit.core.edit.job import Job
 from conceptkit.core.edit.report import ConceptTrace, Report, WordShift
 from conceptkit.core.edit.solve import Problem, minimise
 from conceptkit.core.edit.texts import Texts
@@ -28,7 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-CAPTIONS = tuple(f"a photo of a {word}" for word in ("robin", "car", "tulip", "star", "doctor", "castle", "lemon", "circle"))
+NAMED = ("robin", "car", "tulip", "star", "doctor", "castle", "lemon", "circle")
+CAPTIONS = tuple(caption for one in NAMED for other in NAMED[::2] for caption in (f"a photo of a {one}", f"{other} and {one}"))
 ERASING = [name for name, method in METHODS.items() if not method.balances]
 BALANCING = [name for name, method in METHODS.items() if method.balances]
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -489,27 +491,30 @@ def test_missing_keys_are_named(tmp_path):
 class Said:
     """A text encoder of an SDXL-like model in miniature: contexts and a pooled text that depend on the words."""
 
-    vocabulary: Mapping[str, int] = {
-        f"{word}</w>": i for i, word in enumerate(("cat", "dog", "hat", "sofa", "photo", "tree", "lamp", "road"))
-    }
-    tables: Mapping[str, Tensor] = {"l": torch.randn(9, 4, generator=torch.Generator().manual_seed(3))}
+    def __init__(self, words: tuple[str, ...] = ("cat", "dog", "hat", "sofa", "photo", "tree", "lamp", "road"), width: int = 24) -> None:
+        g = torch.Generator().manual_seed(4)
+        self.vocabulary: Mapping[str, int] = {f"{word}</w>": i for i, word in enumerate(words)}
+        self.other = len(words)
+        self.tables: Mapping[str, Tensor] = {"l": torch.randn(self.other + 1, 4, generator=torch.Generator().manual_seed(3))}
+        self.words, self.places = torch.randn(self.other + 3, width, generator=g), torch.randn(20, width, generator=g) / 3
+        self.pool = torch.randn(width, 12, generator=g)
 
     def tokenize(self, text: str) -> list[int]:
-        return [self.vocabulary.get(f"{word}</w>", 8) for word in text.split()]
+        return [self.vocabulary.get(f"{word}</w>", self.other) for word in text.split()]
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        g = torch.Generator().manual_seed(4)
-        words, places, pool = torch.randn(11, 24, generator=g), torch.randn(20, 24, generator=g) / 3, torch.randn(24, 12, generator=g)
         rows = []
         for prompt in prompts:
-            ids = torch.tensor(([9, *self.tokenize(prompt)] + [10] * 20)[:20])
-            rows.append(words[ids] + places + 0.5 * words[ids].cumsum(0) / torch.arange(1, 21)[:, None].sqrt())
-        return Conditioning(torch.stack(rows), torch.stack([row.mean(0) @ pool for row in rows]))
+            ids = torch.tensor(([self.other + 1, *self.tokenize(prompt)] + [self.other + 2] * 20)[:20])
+            said = self.words[ids]
+            rows.append(said + self.places + 0.5 * said.cumsum(0) / torch.arange(1, 21)[:, None].sqrt())
+        return Conditioning(torch.stack(rows), torch.stack([row.mean(0) @ self.pool for row in rows]))
 
 
 def sdxl() -> Model:
-    words = tuple(token.removesuffix("</w>") for token in Said.vocabulary)
-    return Model("sdxl", "miniature", Said(), None, cross_attention=layers(24, pooled=12, out=40), words=words)
+    text = Said()
+    words = tuple(token.removesuffix("</w>") for token in text.vocabulary)
+    return Model("sdxl", "miniature", text, None, cross_attention=layers(24, pooled=12, out=40), words=words)
 
 
 def test_the_pooled_text_of_sdxl_is_erased_too():
@@ -537,6 +542,38 @@ def test_contexts_of_flux_and_sd3_take_the_conditioning_form(family, width, pool
     expected = torch.cat([a, r], 1).T @ weight.T + bias[:, 0]
     torch.testing.assert_close(read, expected, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(adapted.pooled.double(), a[:pooled].T, rtol=1e-2, atol=1e-2)
+
+
+# Many at once
+
+
+def test_a_hundred_concepts_are_erased_in_one_call():
+    """In a text less than half as wide as SD 1.x's, and looking at fewer words than by default, to be quick about it."""
+    letters = "bdfgklmn"
+    words = tuple(f"{x}a{y}o{z}" for x in letters for y in letters for z in letters)
+    few = Settings(looked_at=4, siblings=2, frames=4)
+    one = Model("sd1", "wide", Said(words, 320), None, cross_attention=layers(320, out=192), words=words)
+    concepts = parse_concepts(words[::5][:100])
+    solution = conceptkit(Job(one, concepts), few)
+    report = report_edit(one, ContextEdit("sd1", single(solution.context), concepts=concepts, anchors=solution.anchors))
+    assert len(report.concepts) == 100 and solution.context.rank >= 100
+    assert max(concept.trace for concept in report.concepts) < 0.25
+    assert report.distortion < 0.05 and report.null_drift < 1e-3
+
+
+def test_more_concepts_than_the_text_is_wide_enough_for(model):
+    words = tuple(dict.fromkeys(token.removesuffix("</w>") for token in model.text.vocabulary))
+    known = [word for word in words if word.isalpha() and len(word) > 2][:42]
+    with pytest.raises(ValueError, match=r"42 concepts are too many for a text 96 wide.*erase at most 41"):
+        solve_edit(model, known, captions=CAPTIONS)
+
+
+def test_texts_are_read_ahead_in_order(model):
+    texts = Texts(model.text)
+    asked = []
+    for number in texts.ahead(range(7), lambda number: [f"a {number}", "a car"], 3):
+        asked.append((number, texts.encodes))
+    assert asked == [(0, 4), (1, 4), (2, 4), (3, 7), (4, 7), (5, 7), (6, 8)]
 
 
 def test_protocols(model):

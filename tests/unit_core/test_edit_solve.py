@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conceptkit.core.edit.report import Adversary, distortion, shift, trace
-from conceptkit.core.edit.solve import LowRank, Problem, annihilate, minimise
+from conceptkit.core.edit.solve import LowRank, Problem, annihilate, minimise, root
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -236,3 +236,13 @@ def test_a_hard_edit_cannot_be_undone_by_any_embedding():
     assert adversary.anything(c, a) == pytest.approx(max(0.0, expected), abs=1e-6)
     assert adversary.anything(c, a) < 0.99
     assert adversary.plausible(c, a) <= adversary.anything(c, a) + 1e-6
+
+
+@pytest.mark.parametrize("count", [4, 64])
+def test_the_root_of_what_few_columns_span(count):
+    columns = 1e3 * draw(0, 64, count).float()
+    matrix = (columns @ columns.T).double()
+    factor = root(matrix)
+    assert float((factor @ factor.T - matrix).norm() / matrix.norm()) < 1e-4
+    with pytest.raises(ValueError, match="singular"):
+        root(-matrix)
