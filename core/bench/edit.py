@@ -46,17 +46,19 @@ _CODE = ("default.py", "edit.py", "erase.py", "job.py", "layers.py", "presets.py
 
 @dataclass(frozen=True)
 class Size:
-    """How much a profile measures. counts: pictures; official_layers: layers of each height that the published loops are timed on."""
+    """How much a profile measures. counts, ablation: pictures, and those of the ablation; official_layers: layers of each height that the
+    published loops are timed on."""
 
     concepts: tuple[str, ...]
     counts: Counts
+    ablation: Counts
     official_layers: int
     limit: int | None
 
 
 SIZES: Mapping[Profile, Size] = {
-    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), 2, 150_000),
-    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), 1000, None),
+    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), Counts(32, 8, 0, 8, 0), 2, 150_000),
+    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), Counts(64, 24, 0, 32, 0), 1000, None),
 }
 
 
@@ -113,29 +115,31 @@ class EditSuite:
         default, further = method == DEFAULT, hard or strength != 1
         # Learning costs most, and is what the default is judged by; of edits for the certificate alone only the attacks are drawn.
         sets = SETS[5:] if further else SETS if default or self.profile == "full" else SETS[:-1]
-        return self._edited(CERTIFICATE if further else f"erase, {method}", measure_edit, asked, sets, baseline=not default)
+        part = CERTIFICATE if further else f"erase, {method}"
+        return self._edited(part, measure_edit, asked, self.size.counts, sets, baseline=not default)
 
     def _certified(self, method: str, concept: str) -> Job:
         asked = {"method": method, "concept": concept, "strength": 1.0, "hard": False}
-        return self._edited(CERTIFICATE, measure_edit, asked, ("derived",), baseline=True)
+        return self._edited(CERTIFICATE, measure_edit, asked, self.size.counts, ("derived",), baseline=True)
 
     def _ablation(self, name: str, concept: str) -> Job:
-        # The default itself is drawn already; other concepts are measured without a picture.
-        sets = ABLATED if concept in CONCEPTS and ABLATIONS[name] else ()
-        return self._edited("ablation", measure_ablation, {"method": name, "concept": concept}, sets, baseline=True)
+        # Further concepts are measured without a picture.
+        sets = ABLATED if concept in CONCEPTS else ()
+        return self._edited("ablation", measure_ablation, {"method": name, "concept": concept}, self.size.ablation, sets, baseline=True)
 
     def _edited(
         self,
         part: str,
         measure: Callable[..., Result],
         asked: dict[str, Any],
+        counts: Counts,
         sets: Sequence[str],
         *,
         baseline: bool = False,
     ) -> Job:
-        evals = planned(shapes_world(), _concept(asked["concept"]), self.size.counts, sets)
+        evals = planned(shapes_world(), _concept(asked["concept"]), counts, sets)
         code = tuple(_digest(Path(__file__).parents[1] / "edit" / name) for name in _CODE)
-        asked |= {"counts": asdict(self.size.counts), "sets": list(sets)}
+        asked |= {"counts": asdict(counts), "sets": list(sets)}
         return Job(part, measure, self._on_demo(asked), evals, (str(PROTOCOL), weights_digest(self.model), *code), baseline=baseline)
 
     def _before(self, concept: str) -> Job:
@@ -164,12 +168,10 @@ class EditSuite:
             mine = [job for job in edits if job.part == f"erase, {method}"]
             if mine:
                 rows.append(_erase_row("erase", method, mine, done, before, cached))
-        drawn = [job for job in edits if job.part == f"erase, {DEFAULT}" and job.arguments["concept"] in CONCEPTS]
         for name in self._ablations:
             mine = [job for job in self._jobs if job.measure is measure_ablation and job.arguments["method"] == name and job.key in done]
-            seen = [job for job in mine if job.arguments["sets"]] if ABLATIONS[name] else drawn
-            if mine and seen:
-                rows.append(_ablation_row(name, mine, seen, done, before, cached))
+            if mine:
+                rows.append(_ablation_row(name, mine, done, before, cached))
         for size in ("sd15", "sdxl"):
             rows += self._speed_row(size, done)
         return [*rows, *_certificate_row([done[job.key] for job in edits])]
@@ -270,13 +272,13 @@ def _erase_row(
 
 
 def _ablation_row(
-    name: str, jobs: Sequence[Job], seen: Sequence[Job], done: Mapping[str, Result], before: Mapping[str, _Seen], cached: frozenset[str]
+    name: str, jobs: Sequence[Job], done: Mapping[str, Result], before: Mapping[str, _Seen], cached: frozenset[str]
 ) -> dict[str, Any]:
-    """What was seen of the concepts that were drawn, and the figures that need no picture, of those and of all others."""
-    row = _erase_row("ablation", name, seen, done, before, cached)
+    """What pictures show of the concepts that are drawn, and the figures that need none, of those and of the further ones."""
+    row = _erase_row("ablation", name, jobs, done, before, cached)
     for suffix, results in (
-        ("", [done[job.key] for job in jobs if job.arguments["concept"] in CONCEPTS]),
-        ("_further", [done[job.key] for job in jobs if job.arguments["concept"] not in CONCEPTS]),
+        ("", [done[job.key] for job in jobs if job.arguments["sets"]]),
+        ("_further", [done[job.key] for job in jobs if not job.arguments["sets"]]),
     ):
         figures = _said([result["report"] for result in results])
         for key in ("beside", "synonym", "padding"):
@@ -284,7 +286,7 @@ def _ablation_row(
             figures |= {f"trace_{key}": statistics.fmean(known)} if known else {}
         figures |= {"prompts": statistics.fmean(result["prompts"] for result in results)} if results else {}
         row |= {f"{key}{suffix}": value for key, value in figures.items()}
-    return {**row, "concepts": len(jobs), "cached": len(cached & {job.key for job in jobs})}
+    return row
 
 
 def _concept_figures(job: Job, done: Mapping[str, Result], before: _Seen | None, drops: Mapping[str, Sequence[int]]) -> dict[str, Any]:
