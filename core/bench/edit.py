@@ -57,7 +57,7 @@ class Size:
 
 
 SIZES: Mapping[Profile, Size] = {
-    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), Counts(32, 8, 0, 8, 0), 2, 150_000),
+    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), Counts(20, 6, 0, 8, 0), 2, 150_000),
     "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), Counts(64, 24, 0, 32, 0), 1000, None),
 }
 

@@ -150,7 +150,7 @@ def test_rows_and_bars_from_known_pictures() -> None:
     without = [entry for entry in rows if entry["set"] == "ablation"]
     assert [entry["method"] for entry in without] == list(ABLATIONS)
     assert all(entry["presence_after"] == 1 and entry["neighbour_drop"] == 0 for entry in without)
-    assert all((entry["n"], entry["concepts"], entry["prompts"]) == (4 * 32, 11, 10) for entry in without)
+    assert all((entry["n"], entry["concepts"], entry["prompts"]) == (4 * 20, 11, 10) for entry in without)
     assert (without[1]["trace_beside"], without[1]["trace_beside_further"], without[1]["trace_padding"]) == (0.5, 1.0, 0.25)
     bars = {bar.bar: bar.met for bar in suite.bars(rows)}
     assert bars["the concept is drawn after, at most 0.05"] and bars["unrelated words lose at most 0.03"]
