@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 ENOUGH = 0.9
 """R2 on the judged states at which no other way is tried."""
-_PULL = 0.25
+_PULLS = (2.0, 1.0, 0.5, 0.25)
 _PREDICTION_WEIGHT, _EMBEDDING_WEIGHT, _FLOOR = 12.0, 64.0, 1e-3
 _WIDE = (1, 2)
 """How many times more words than wanted the codes have that the search starts from."""
@@ -61,7 +61,7 @@ class Settings:
     rows: int = 144
     batch: int = 8
     finalists: int = 5
-    judged: int = 16
+    judged: int = 24
     refined: int = 6
     again: int = 1
 
@@ -111,6 +111,14 @@ class _Progress:
     alphas: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """States drawn from many with unequal probabilities, and the reciprocals of these, (n,): what each stands for."""
+
+    states: States
+    weights: Tensor
+
+
 class _Fit:
     """One decomposition under way."""
 
@@ -135,7 +143,7 @@ class _Fit:
             self._save()
         states = progress.states
         fitted, heldout = states[states.picture < options.pictures], states[states.picture >= options.pictures]
-        judged = fitted[self._draw(fitted, options.judged, self._generator(1))]
+        judged = self._draw(fitted, options.judged, self._generator(1))
         while (start := self._next()) is not None:
             alpha = self._simple(judged) if start == _SIMPLE else self._searched(fitted, judged)
             r2 = self._r2(judged, alpha)
@@ -144,7 +152,7 @@ class _Fit:
             self._save()
             if r2 < ENOUGH:
                 logger.info("%s: R2 %.3f with %d words", start, r2, int((alpha > 0).sum()))
-        return self._finish(judged, heldout)
+        return self._finish(heldout)
 
     def _next(self) -> str | None:
         """The way to try next, or None to stop: linearise anew while the best explains too little; lastly look at what needs no search."""
@@ -158,12 +166,13 @@ class _Fit:
             return "linearised again"
         return _SIMPLE if best < RELIABLE_R2 else None
 
-    def _finish(self, judged: States, heldout: States) -> Decomposition:
+    def _finish(self, heldout: States) -> Decomposition:
         options, task, attempts = self.options, self.task, self.progress.attempts
         ranked = sorted(range(len(attempts)), key=lambda i: -attempts[i][1])
         kept = ranked[0]
         if attempts[kept][1] < RELIABLE_R2:  # poor on the states fitted: then pictures not fitted decide
-            kept = max(ranked, key=lambda i: self._r2(heldout, self.progress.alphas[i]))
+            unseen = _Sample(heldout, torch.ones(len(heldout), device=heldout.x.device))
+            kept = max(ranked, key=lambda i: self._r2(unseen, self.progress.alphas[i]))
         weights = self.progress.alphas[kept]
         order = weights.argsort(descending=True, stable=True)[: int((weights > 0).sum())]
         chosen, alpha = self.mixture.choose(order), weights[order] / weights.sum()
@@ -203,11 +212,15 @@ class _Fit:
         gap = states.gap.cpu()
         return 0.8 * gap / gap.sum() + 0.2 / len(gap)
 
-    def _draw(self, states: States, count: int, generator: torch.Generator) -> Tensor:
-        """Distinct states."""
-        return torch.multinomial(self._weights(states), min(count, len(states)), generator=generator).to(states.x.device)
+    def _draw(self, states: States, count: int, generator: torch.Generator) -> _Sample:
+        """Distinct states, spread evenly over all of them (systematic sampling), at most ``count``."""
+        chance = self._weights(states)
+        places = (torch.arange(count) + torch.rand((), generator=generator)) / count
+        picked = torch.searchsorted(chance.cumsum(0), places).clamp_max(len(states) - 1).unique()
+        device = states.x.device
+        return _Sample(states[picked.to(device)], chance[picked].reciprocal().to(device))
 
-    def _searched(self, fitted: States, judged: States) -> Tensor:
+    def _searched(self, fitted: States, judged: _Sample) -> Tensor:
         """The best weights under the model linearised at the concept, and at the best words of every attempt before this one."""
         progress, known = self.progress, len(self.progress.alphas)
         while len(progress.rows) <= known:
@@ -223,8 +236,10 @@ class _Fit:
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
         codes = [self._prompts.code(wide * self.count) for wide in _WIDE]
         near = progress.alphas or [text_code(self.task)]
-        found = find(surrogate, [*codes, *progress.alphas], near, self.count, _PULL, self._pulse)
-        likely = self._evidence(surrogate, found, surrogate.r2(found)).argsort(descending=True, stable=True)[: 3 * self.options.finalists]
+        found = find(surrogate, [*codes, *progress.alphas], near, self.count, _PULLS, partial(self._evidence, surrogate), self._pulse)
+        scores = surrogate.r2(found)
+        found, scores = found[scores >= scores.max() - _NEAR], scores[scores >= scores.max() - _NEAR]
+        likely = self._evidence(surrogate, found, scores).argsort(descending=True, stable=True)[: 3 * self.options.finalists]
         found, scores = surrogate.polish(found[likely])
         discord = surrogate.discord(found)
         chosen = self._finalists(self._evidence(surrogate, found, scores, discord), (found > 0).sum(1), scores)
@@ -236,10 +251,14 @@ class _Fit:
     def _prompts(self) -> PromptSpace:
         return prompt_space(self.task)
 
+    @cached_property
+    def _surprise(self) -> Tensor:
+        return self._prompts.surprise(self.count)
+
     def _finalists(self, evidences: Tensor, sizes: Tensor, r2: Tensor) -> list[int]:
         """Which the model is to compare: the best of every number of words that comes near the best R2, then the next best."""
         ranked: list[int] = evidences.argsort(descending=True, stable=True).tolist()
-        first = {int(sizes[i]): i for i in reversed(ranked) if float(r2[i]) >= float(r2.max()) - _NEAR}
+        first = {int(sizes[i]): i for i in reversed(ranked)}
         chosen = [i for i in ranked if i in first.values()]
         return [*chosen, *(i for i in ranked if i not in chosen)][: self.options.finalists]
 
@@ -250,7 +269,7 @@ class _Fit:
 
     def _evidence(self, surrogate: Surrogate, alphas: Tensor, r2: Tensor, discord: Tensor | None = None) -> Tensor:
         """`evidence` of each row of alphas, less what its shares say wrongly about which words matter."""
-        surprises = ((alphas > 0).double() @ self._prompts.surprise).tolist()
+        surprises = ((alphas > 0).double() @ self._surprise).tolist()
         candidates, width = len(self.mixture), sum(rows.shape[1] for rows in self.mixture.embeddings.values())
         given = zip(r2.tolist(), surrogate.cosine(alphas).tolist(), surprises, strict=True)
         scores = torch.tensor([evidence(1 - r, cosine, surprise, candidates, width) for r, cosine, surprise in given], dtype=torch.double)
@@ -296,32 +315,33 @@ class _Fit:
         halves = [self._projected(states[part], signs[part], at) for part in (slice(None, size // 2), slice(size // 2, None))]
         return torch.cat([row for row, _ in halves]), torch.cat([value for _, value in halves])
 
-    def _judge(self, states: States, alphas: Tensor) -> Tensor:
-        """R2 of each row of alphas (n, words) on ``states``, (n,): n * len(states) evals."""
+    def _judge(self, sample: _Sample, alphas: Tensor) -> Tensor:
+        """R2 of each row of alphas (n, words) by a sample of states, (n,): an eval a row and state."""
         with torch.no_grad():
             conditioning = self.mixture.encode(alphas)
             scores = []
             for index in range(len(alphas)):
-                scores.append(explained(distances(self.model, states, _row(conditioning, index)), states))
+                scores.append(explained(distances(self.model, sample.states, _row(conditioning, index)), sample.states, sample.weights))
                 self.tally.report({"r2": scores[-1]})
         return torch.tensor(scores)
 
-    def _r2(self, states: States, alpha: Tensor) -> float:
-        return float(self._judge(states, alpha[None])[0])
+    def _r2(self, sample: _Sample, alpha: Tensor) -> float:
+        return float(self._judge(sample, alpha[None])[0])
 
-    def _refine(self, fitted: States, judged: States, alpha: Tensor, bump: float = 0.1) -> Tensor:
+    def _refine(self, fitted: States, judged: _Sample, alpha: Tensor, bump: float = 0.1) -> Tensor:
         """A Gauss-Newton step on the weights of the words in ``alpha``, with secants of the model as Jacobian and a line search."""
         support = alpha.nonzero()[:, 0]
         if len(support) < 2:
             return alpha
-        states = fitted[self._draw(fitted, self.options.refined, self._generator(100 + len(self.progress.alphas)))]
+        sample = self._draw(fitted, self.options.refined, self._generator(100 + len(self.progress.alphas)))
+        states, scale = sample.states, (sample.weights.sqrt() / sample.states.sigma).view(-1, 1, 1, 1)
         probes = torch.cat([alpha[None], alpha + bump * torch.eye(len(alpha))[support]])
         with torch.no_grad():
             conditioning = self.mixture.encode(probes)
             noise = []
             for index in range(len(probes)):
                 x0 = self.model.denoise(states.x, states.sigma, _row(conditioning, index))
-                noise.append(((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1)).flatten().cpu().double())
+                noise.append(((x0 - states.teacher) * scale).flatten().cpu().double())
                 self.tally.report()
         solution = small_nnls(*with_gauge((torch.stack(noise[1:]) - noise[0]).T / bump, noise[0], alpha[support])).float()
         if not float(solution.sum()) > 0:
@@ -331,7 +351,7 @@ class _Fit:
         lines = torch.stack([alpha, goal, 0.5 * alpha + 0.5 * goal])
         return lines[int(self._judge(judged, lines).argmax())]
 
-    def _simple(self, judged: States) -> Tensor:
+    def _simple(self, judged: _Sample) -> Tensor:
         """The best by the model itself of the codes by the text encoder alone, and the single words that the linearised model likes."""
         rows, offsets = self.progress.rows[0]
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()

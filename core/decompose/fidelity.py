@@ -13,9 +13,13 @@ from .states import States, distances, harvest
 from .task import Task
 
 
-def explained(distance: Tensor, states: States) -> float:
-    """R2_cond = 1 - sum ||eps_w - eps_c||^2 / sum ||eps_empty - eps_c||^2 for ``distance`` (n,) at ``states``."""
-    return 1 - float(distance.sum() / states.gap.sum())
+def explained(distance: Tensor, states: States, weights: Tensor | None = None) -> float:
+    """R2_cond = 1 - sum ||eps_w - eps_c||^2 / sum ||eps_empty - eps_c||^2 for ``distance`` (n,) at ``states``.
+
+    weights: (n,), what each state stands for where they were drawn with unequal probabilities, the reciprocals of those.
+    """
+    missed, gap = (distance, states.gap) if weights is None else (weights * distance, weights * states.gap)
+    return 1 - float(missed.sum() / gap.sum())
 
 
 def by_level(distance: Tensor, states: States) -> tuple[LevelR2, ...]:

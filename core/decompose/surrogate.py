@@ -11,7 +11,7 @@ while c(alpha) is the text encoder itself. Then sum y^2 estimates what a mixture
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,8 @@ _TRIES, _POLISHED = 4, 6
 """Words tried in the place of each word, and how many of the resulting sets are looked at closely."""
 _BEAM = 2
 """How many sets words are left out of at a time."""
+_SUMMITS = 3
+"""How many of the likeliest sets the search must have looked around at before it ends."""
 
 
 def flat(conditioning: Conditioning) -> Tensor:
@@ -207,6 +209,15 @@ class Search:
             self.add(_each_left_out(alpha))
             alpha, rounds = self.best(len(support) - 1), 1
 
+    def approach(self, starts: Iterable[Tensor]) -> None:
+        """Solve for sparse weights from each start, and exchange words once: a first step, not all that `run` does."""
+        for start in starts:
+            self.add([start])
+            self._solve(start, 2)
+        best = self.best()
+        if best is not None:
+            self._exchange(best, 1)
+
     def add(self, alphas: Iterable[Tensor]) -> None:
         """Polish those whose words are new, and keep them."""
         fresh = {_words(alpha): alpha for alpha in alphas if _words(alpha) not in self.found}
@@ -218,6 +229,41 @@ class Search:
             for words in {given, _words(alpha)}:  # weights may have become 0
                 if words not in self.found or self.found[words][0] < score:
                     self.found[words] = score, alpha
+
+    def take(self, found: Mapping[tuple[int, ...], Tensor]) -> None:
+        """Keep the weights of those sets that are new, as they are."""
+        fresh = {words: alpha for words, alpha in found.items() if words not in self.found}
+        if fresh:
+            scores = self.surrogate.r2(torch.stack(list(fresh.values()))).tolist()
+            self.found |= {words: (score, alpha) for (words, alpha), score in zip(fresh.items(), scores, strict=True)}
+
+    def ascend(self, evidence: Callable[[Tensor, Tensor], Tensor], pull: float) -> None:
+        """From the likeliest sets found, exchange, add and leave out one word at a time for as long as that leads to likelier ones.
+
+        evidence: of weights (n, words) and their R2 (n,), the larger the likelier, (n,). Words to add are those that shorten the residual
+        most under a pull.
+        """
+
+        def judged(names: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+            scores, alphas = zip(*(self.found[words] for words in names), strict=True)
+            return dict(zip(names, evidence(torch.stack(alphas), torch.tensor(scores)).tolist(), strict=True))
+
+        likely, pulled = judged(list(self.found)), replace(self.surrogate, pull=pull)
+        done: set[tuple[int, ...]] = set()
+        while todo := [words for words in sorted(likely, key=likely.__getitem__)[-_SUMMITS:] if words not in done]:
+            done.add(todo[-1])
+            self._pulse()
+            alpha = self.found[todo[-1]][1]
+            problem, support = LeastSquares(*pulled.equations(alpha)), list(todo[-1])
+            bases = [support[:i] + support[i + 1 :] for i in range(len(support))] + [support] * (len(support) < self.count)
+            grown = [[*base, column] for base in bases if base for column in problem.additions(base, _TRIES)]
+            options = [_on(torch.tensor(columns), torch.from_numpy(problem.fit(columns)), alpha) for columns in grown]
+            proposed = {_words(option): option for option in (*options, *_each_left_out(alpha)) if _words(option) not in self.found}
+            if not proposed:
+                continue
+            fresh = torch.stack(list(proposed.values()))
+            self.add(fresh[evidence(fresh, self.surrogate.r2(fresh)).topk(min(_POLISHED, len(fresh))).indices])
+            likely |= judged([words for words in self.found if words not in likely])
 
     def _thin(self, alpha: Tensor) -> None:
         """Leave out one word after the other, the most useless first, with ``_BEAM`` sets going on at a time."""
@@ -272,25 +318,38 @@ class Search:
 
 
 def find(
-    surrogate: Surrogate, starts: Iterable[Tensor], near: Iterable[Tensor], count: int, pull: float, pulse: Callable[[], None]
+    surrogate: Surrogate,
+    starts: Iterable[Tensor],
+    near: Iterable[Tensor],
+    count: int,
+    pulls: Sequence[float],
+    evidence: Callable[[Tensor, Tensor], Tensor],
+    pulse: Callable[[], None],
 ) -> Tensor:
     """Distinct weights of at most ``count`` words that explain the concept well by the surrogate, (n, words).
 
-    Searched twice: from ``near`` with a pull towards the concept's embedding where it is one token, and without from ``starts`` and the
-    best found before.
+    Searched twice: where the concept is one token, from ``near`` with a pull towards its embedding that lessens from one of ``pulls`` to
+    the next, since far from the right words the embedding, which is linear in them, is the better guide; and without, from ``starts`` and
+    the best found before. Lastly `Search.ascend` looks around at the likeliest of all.
     """
     found: dict[tuple[int, ...], Tensor] = {}
-    starts = list(starts)
+    starts, near = list(starts), list(near)
     if surrogate.token is not None:
-        pulled = Search(replace(surrogate, pull=pull), count, pulse)
-        pulled.run(near)
-        best = pulled.best()
-        starts += [] if best is None else [best]
-        found |= {words: alpha for words, (_, alpha) in pulled.found.items()}
+        for pull in pulls:
+            pulled = Search(replace(surrogate, pull=pull), count, pulse)
+            if pull != pulls[-1]:
+                pulled.approach(near)
+            else:
+                pulled.run(near)
+            found |= {words: alpha for words, (_, alpha) in pulled.found.items()}
+            best = pulled.best()
+            near = near if best is None else [best]
+        starts += near
     free = Search(replace(surrogate, pull=0.0), count, pulse)
     free.run(starts)
-    found |= {words: alpha for words, (_, alpha) in free.found.items()}
-    return torch.stack(list(found.values())) if found else torch.zeros(0, len(surrogate.mixture))
+    free.take(found)
+    free.ascend(evidence, pulls[-1])
+    return torch.stack([alpha for _, alpha in free.found.values()])
 
 
 def strongest(alpha: Tensor, count: int) -> Tensor:

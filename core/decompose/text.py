@@ -5,13 +5,14 @@ It asks the text encoder, not the model that draws: nothing is sampled to find t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, softplus
 
 from ..model import Conditioning
 from ..vocabulary import STOP_WORDS, WORD_END, embeddings
@@ -23,6 +24,8 @@ from .task import Tally, Task
 
 _LEAST = 1e-9
 """What a candidate that leaves the prompt as it is counts, so that no logarithm is infinite."""
+_DEVIATION = 1.4826
+"""A normal variable's standard deviation in medians of its absolute value."""
 
 
 @dataclass(frozen=True)
@@ -107,33 +110,50 @@ def text_code(task: Task) -> Tensor:
 class PromptSpace:
     """What the text encoder makes of the template with each candidate, and with the concept, as seen from the candidates' mean.
 
-    atoms: (pool, width), target: (width,), both means over the positions (a phrase moves what follows it), double, CPU.
+    atoms: (pool, width), target: (width,), both means over the positions (a phrase moves what follows it). cosines: (pool,), of the angle
+    between the same at the two positions where a word shows most, its own and the next. Double, CPU.
     """
 
     atoms: Tensor
     target: Tensor
+    cosines: Tensor
 
     def code(self, count: int) -> Tensor:
         """Weights (pool,) >= 0 with sum 1, at most ``count`` of them above 0, whose atoms add up to what is nearest to the target."""
         return _nearest(count, self.atoms, self.target)
 
-    @property
-    def surprise(self) -> Tensor:
-        """Nats it takes to name each candidate, (pool,): those that hardly move the prompt say little, and are the less likely meant."""
+    def surprise(self, count: int) -> Tensor:
+        """Nats it takes to name each candidate, (pool,), where ``count`` words are wanted; the less, the likelier it is that it is meant.
+
+        What hardly moves the prompt is hardly meant: -log of a candidate's share in all squared lengths of atoms. What is strikingly like
+        the concept is expected, and that is taken off, down to 0: log(1 + count / pool * exp(z^2 / 2)), z being how far its cosine stands
+        out from all in robust standard deviations, so that what chance makes of so many says little.
+        """
         effect = self.atoms.square().sum(1)
-        return -((effect + _LEAST) / (effect + _LEAST).sum()).log()
+        beyond = self.cosines - self.cosines.median()
+        z = (beyond / (_DEVIATION * beyond.abs().median() + _LEAST)).clamp_min(0)
+        kindred = softplus(z.square() / 2 - math.log(max(len(z) / count, 1.0)))
+        return (-(effect + _LEAST).log().log_softmax(0) - kindred).clamp_min(0)
 
 
 @torch.no_grad()
 def prompt_space(task: Task, chunk: int = 64) -> PromptSpace:
     """Costs no evals, one text encoding a candidate; ``before_call`` runs before each ``chunk`` of them."""
-    words, parts = list(task.pool), []
-    for start in range(0, len(words), chunk):
+    words, means, places = list(task.pool), [], []
+    concept, start = task.teacher.context.float().cpu().double(), None
+    for first in range(0, len(words), chunk):
         task.model.before_call()
-        parts.append(_means(task.model.text.encode([fill(task.template, word) for word in words[start : start + chunk]])))
-    atoms = torch.cat(parts)
-    centre = atoms.mean(0)
-    return PromptSpace(atoms - centre, (_means(task.teacher) - centre)[0])
+        encoded = task.model.text.encode([fill(task.template, word) for word in words[first : first + chunk]])
+        context = encoded.context.float().cpu().double()
+        if start is None:  # a causal encoder leaves what stands before the word as it is
+            moved = (context - concept).abs().amax((0, 2))
+            start = int((moved > 1e-3 * moved.max()).byte().argmax())
+        means.append(_means(encoded))
+        places.append(context[:, start : start + 2].flatten(1))
+    atoms, shown = torch.cat(means), torch.cat(places)
+    target = concept[0, start or 0 :][:2].flatten()
+    cosines = normalize(shown - shown.mean(0), dim=1) @ normalize(target - shown.mean(0), dim=0)
+    return PromptSpace(atoms - atoms.mean(0), (_means(task.teacher) - atoms.mean(0))[0], cosines)
 
 
 def _means(conditioning: Conditioning) -> Tensor:

@@ -186,6 +186,7 @@ def test_natural_words_and_their_right_answers() -> None:
 def natural(word: str, **fields: Any) -> dict[str, Any]:
     base = {"found": [["robin", 0.6], ["finch", 0.4]], "hits": 2, "judged": 2, "r2": 0.95, "method_evals": 1000, "seconds": 2.0}
     outcomes = {"outcomes": [0, 0, 1, 1] * 6, "concept_outcomes": [0, 1] * 12, "oracle_outcomes": [0, 1] * 12, "oracle_r2": 0.97}
+    outcomes |= {"oracle_related": 1.0}
     return {"word": word, **base, **outcomes, **fields}
 
 
@@ -220,12 +221,15 @@ def test_rows_have_every_column_and_their_intervals_hold_the_estimates() -> None
 def test_bars_are_judged_where_the_oracle_reaches_them() -> None:
     suite = DecomposeSuite()
     words = [natural("bird"), natural("fruit", oracle_r2=0.4, r2=0.1, oracle_outcomes=[-1] * 24, outcomes=[-1] * 24)]
+    words.append(natural("joy", hits=0, oracle_related=2 / 3))
     rows = [row_of("distilled", "planted", planted_row([draw(0), draw(1, method_evals=1501)]))]
     rows += [row_of("distilled", "natural", natural_row(words), half="held out")]
     rows += [row_of("conceptor", "planted", planted_row([draw(1, hits=1, r2=0.5, method_evals=40_000)]))]
     bars = {bar.bar: bar for bar in suite.bars(rows)}
     judged = next(bar for name, bar in bars.items() if "held-out R2 at least" in name)
-    assert judged.met is True and "1 of 2 words; not judged: fruit" in judged.value
+    assert judged.met is True and "2 of 3 words; not judged: fruit" in judged.value
+    judged = next(bar for name, bar in bars.items() if "related at least" in name)
+    assert judged.met is True and "2 of 3 words; not judged: joy" in judged.value
     assert next(bar for name, bar in bars.items() if "tv at most" in name).met is True
     assert bars["planted, every draw within 1,500 evals"].met is False
     better = bars["planted, better recall than conceptor"]

@@ -359,14 +359,44 @@ def test_a_search_leaves_words_out_until_the_planted_ones_are_left() -> None:
     assert best is not None and torch.allclose(best, truth, atol=1e-2)
 
 
+def test_a_search_ascends_to_the_planted_words_from_where_one_is_wrong_and_one_too_many() -> None:
+    model = world()
+    mixture = some_words(model, NAMES[:12])
+    truth = torch.zeros(12).index_fill(0, torch.tensor([2, 7]), 0.5)
+    with torch.no_grad():
+        target = flat(mixture.encode(truth[None]))[0]
+    rows = torch.randn(20, len(target), generator=torch.Generator().manual_seed(1)) / 20
+    surrogate = Surrogate(mixture, rows, rows @ target, token=normalize(mixture.tokens(truth[None])["l"][0, 0], dim=0))
+
+    def by_r2_a_word(alphas: Tensor, r2: Tensor) -> Tensor:
+        return r2 - 0.01 * (alphas > 0).sum(1)
+
+    for start in ([4, 7], [2, 5, 7], [9]):
+        search = Search(surrogate, 3, lambda: None)
+        search.take({tuple(start): torch.zeros(12).index_fill(0, torch.tensor(start), 1 / len(start))})
+        assert set(search.found) == {tuple(start)}
+        search.ascend(by_r2_a_word, 0.25)
+        likely = max(search.found, key=lambda words: search.found[words][0] - 0.01 * len(words))
+        assert likely == (2, 7) and torch.allclose(search.found[likely][1], truth, atol=1e-2)
+
+
 def test_the_codes_of_prompts_add_up_to_the_concept_s_and_names_cost_more_the_less_they_say() -> None:
-    atoms = torch.randn(9, 16, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.randn(9, 16, generator=generator, dtype=torch.double)
     atoms[4] *= 0.1
-    code = PromptSpace(atoms, 2 * atoms[1] + atoms[3]).code(4)
+    none = torch.zeros(9, dtype=torch.double)
+    space = PromptSpace(atoms, 2 * atoms[1] + atoms[3], none)
+    code = space.code(4)
     assert set(code.nonzero()[:, 0].tolist()) >= {1, 3} and float(code[1]) == pytest.approx(2 / 3, abs=0.02)
-    surprise = PromptSpace(atoms, atoms[0]).surprise
-    assert int(surprise.argmax()) == 4 and float((-surprise).exp().sum()) == pytest.approx(1)
-    assert torch.allclose(PromptSpace(torch.zeros(5, 3), torch.zeros(3)).surprise, torch.full((5,), math.log(5), dtype=torch.float32))
+    surprise = space.surprise(1)
+    assert int(surprise.argmax()) == 4
+    even = PromptSpace(torch.zeros(5, 3), torch.zeros(3), none[:5]).surprise(1)
+    assert torch.allclose(even, torch.full((5,), math.log(5) - math.log(1 + 1 / 5), dtype=torch.double))
+    # a prompt that is strikingly like the concept's is expected; what chance makes of so many says hardly anything
+    by_chance = 0.1 * torch.randn(60, generator=generator, dtype=torch.double)
+    striking = by_chance.index_fill(0, torch.tensor([7]), 0.9)
+    chance, like = (PromptSpace(torch.ones(60, 3), torch.zeros(3), cosines).surprise(2) for cosines in (by_chance, striking))
+    assert float(chance.max() - chance.min()) < 1.5 < 3 < float(like.median() - like[7]) and float(like[7]) == 0
 
 
 def test_a_result_worse_than_no_words_says_that_it_explains_nothing() -> None:
