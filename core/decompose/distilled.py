@@ -234,11 +234,11 @@ class _Fit:
         rows, offsets = (torch.cat(parts) for parts in zip(*progress.rows, strict=True))
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
-        codes = [self._prompts.code(wide * self.count) for wide in _WIDE]
         near = progress.alphas or [text_code(self.task)]
-        found = find(surrogate, [*codes, *progress.alphas], near, self.count, _PULLS, partial(self._evidence, surrogate), self._pulse)
+        found = find(surrogate, [*self._codes, *progress.alphas], near, self.count, _PULLS, partial(self._evidence, surrogate), self._pulse)
         scores = surrogate.r2(found)
-        found, scores = found[scores >= scores.max() - _NEAR], scores[scores >= scores.max() - _NEAR]
+        plausible = scores >= scores.max() - _NEAR
+        found, scores = found[plausible], scores[plausible]
         likely = self._evidence(surrogate, found, scores).argsort(descending=True, stable=True)[: 3 * self.options.finalists]
         found, scores = surrogate.polish(found[likely])
         discord = surrogate.discord(found)
@@ -250,6 +250,11 @@ class _Fit:
     @cached_property
     def _prompts(self) -> PromptSpace:
         return prompt_space(self.task)
+
+    @cached_property
+    def _codes(self) -> list[Tensor]:
+        """What the encoded prompts add up to: of as many words as wanted, and of more."""
+        return [self._prompts.code(wide * self.count) for wide in _WIDE]
 
     @cached_property
     def _surprise(self) -> Tensor:
@@ -362,7 +367,7 @@ class _Fit:
             scores.append(surrogate.r2(part))
         likely = torch.cat(scores)
         single = words[likely.topk(min(self.options.finalists, len(words))).indices]
-        finalists = torch.cat([single, torch.stack([self._prompts.code(self.count), text_code(self.task)])])
+        finalists = torch.cat([single, torch.stack([self._codes[0], text_code(self.task)])])
         return finalists[int(self._judge(judged, finalists).argmax())]
 
     def _pulse(self) -> None:
