@@ -224,7 +224,7 @@ class Search:
         if not fresh:
             return
         self._pulse()
-        polished, scores = self.surrogate.polish(torch.stack(list(fresh.values())))
+        polished, scores = self.surrogate.polish(torch.stack(list(fresh.values())), 2)
         for given, alpha, score in zip(fresh, polished, scores.tolist(), strict=True):
             for words in {given, _words(alpha)}:  # weights may have become 0
                 if words not in self.found or self.found[words][0] < score:
