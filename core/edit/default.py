@@ -131,53 +131,12 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
         )
     targets = [_target(job, concept, settings) for concept in job.concepts]
     twins = _twins(job, targets, settings)
-    second, moved = torch.zeros(2, job.width, job.width, dtype=torch.float64)
-    for twin in job.texts.ahead(twins, lambda twin: (twin.ours, twin.theirs)):
-        c, a, w = _block(job, twin, settings)
-        w = w * (len(job.concepts) / len(twins))
-        second += (c * w) @ c.T
-        moved += ((a - c) * w) @ c.T
     erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
     captions, pooled_captions = _without(job, erased)
-    stay = {word: settings.near for target in targets for word in target.siblings} | dict.fromkeys(job.keep, settings.keep)
-    ridge = settings.ridge * float(captions.diagonal().mean())
-    none = torch.zeros(job.width, 0, dtype=torch.float64)
-    null = job.texts.context("")
-    preserve = _staying(job, stay) + settings.empty * null.T @ null
-    base = Problem(none, none, none[0], ridge, preserve, invariant=exact, second=second, moved=moved)
     marks = [_marks(job, target) for target in targets]
+    stay = {word: settings.near for target in targets for word in target.siblings} | dict.fromkeys(job.keep, settings.keep)
+    edit, cost, chosen = _weighed(job, _stated(job, twins, stay, exact, captions, settings), captions, marks, settings)
     gram = job.gram.matrix
-
-    def stated(weight: float, derived: Sequence[tuple[Tensor, Tensor]] = ()) -> Problem:
-        problem = replace(base, preserve=preserve + weight * captions)
-        for c, a in derived:
-            problem = problem.with_columns(c, a, torch.full((c.shape[1],), settings.derived, dtype=torch.float64))
-        return problem
-
-    def left(edit: LowRank) -> float:
-        return max(trace(edit, c, a, gram) for c, a in marks)
-
-    low, high = settings.least, settings.most
-    for number in range(STEPS):
-        weight = math.sqrt(low * high)
-        edit = minimise(stated(weight))
-        job.on_step(number, STEPS + settings.rounds, {"left": left(edit)})
-        if left(edit) > settings.target and distortion(edit, captions, gram) < settings.budget:
-            high = weight
-        else:
-            low = weight
-    problem = stated(low)
-    edit = minimise(problem)
-    derived: list[tuple[Tensor, Tensor]] = []
-    for number in range(settings.rounds):
-        adversary = Adversary(edit, gram, captions)
-        found = [(torch.stack([adversary.derive(x) for x in c.T], 1), a) for c, a in marks]
-        further = stated(low, [*derived, *found])
-        attempt = minimise(further)
-        job.on_step(STEPS + number, STEPS + settings.rounds, {"left": left(attempt)})
-        if distortion(attempt, captions, gram) > settings.budget:
-            break
-        derived, problem, edit = [*derived, *found], further, attempt
     edit = edit.truncate(settings.tolerance, max(settings.rank, 4 * len(targets)), gram, captions)
     if job.hard:
         # Their anchors stay where they are: a projection alone would move both sides to the middle.
@@ -187,12 +146,71 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
             raise ValueError(
                 f"{len(targets)} concepts cannot be erased hard in a text {job.width} wide: erase fewer at once, or turn hard off"
             )
-        edit = annihilate(edit, away, replace(problem, invariant=exact))
-    job.on_step(STEPS + settings.rounds, STEPS + settings.rounds, {"left": left(edit)})
-    chosen: dict[str, float | str | bool] = {**asdict(settings), "captions": low, "hard": job.hard, "derived_columns": len(derived)}
-    chosen["with"] = ", ".join(word for target in targets for word in target.synonyms)
+        edit = annihilate(edit, away, replace(cost, invariant=exact))
+    job.on_step(STEPS + settings.rounds, STEPS + settings.rounds, {"left": _left(edit, marks, gram)})
+    chosen |= {**asdict(settings), "hard": job.hard, "with": ", ".join(word for target in targets for word in target.synonyms)}
     read_as = tuple(target.anchor for target in targets)
     return Solution(edit, read_as, _pooled(job, twins, pooled_captions, settings), settings=chosen)
+
+
+def _stated(job: Job, twins: Sequence[_Twin], stay: Mapping[str, float], exact: Tensor, captions: Tensor, settings: Settings) -> Problem:
+    """The problem but for what captions cost, their mean size in its ridge apart."""
+    second, moved = torch.zeros(2, job.width, job.width, dtype=torch.float64)
+    for twin in job.texts.ahead(twins, lambda twin: (twin.ours, twin.theirs)):
+        c, a, w = _block(job, twin, settings)
+        w = w * (len(job.concepts) / len(twins))
+        second.addmm_(c * w, c.T)
+        moved.addmm_((a - c) * w, c.T)
+    none = torch.zeros(job.width, 0, dtype=torch.float64)
+    null = job.texts.context("")
+    preserve = _staying(job, stay).addmm_(null.T, null, alpha=settings.empty)
+    ridge = settings.ridge * float(captions.diagonal().mean())
+    return Problem(none, none, none[0], ridge, preserve, invariant=exact, second=second, moved=moved)
+
+
+def _weighed(
+    job: Job, stated: Problem, captions: Tensor, marks: Sequence[tuple[Tensor, Tensor]], settings: Settings
+) -> tuple[LowRank, Problem, dict[str, float | str | bool]]:
+    """The edit at the largest weight of captions that leaves little of the concepts, then against derived columns in rounds; what anything
+    else costs in it, as a problem without columns; and the weight with the number of derived columns."""
+    gram, steps = job.gram.matrix, STEPS + settings.rounds
+
+    def problem(weight: float) -> Problem:
+        preserve = captions * weight
+        return replace(stated, preserve=preserve if stated.preserve is None else preserve.add_(stated.preserve))
+
+    def too_heavy(number: int, weight: float) -> bool:
+        edit = minimise(problem(weight))
+        left = _left(edit, marks, gram)
+        job.on_step(number, steps, {"left": left})
+        return left > settings.target and distortion(edit, captions, gram) < settings.budget
+
+    low, high = settings.least, settings.most
+    for number in range(STEPS):
+        weight = math.sqrt(low * high)
+        low, high = (low, weight) if too_heavy(number, weight) else (weight, high)
+    weighed = problem(low)
+    edit = minimise(weighed)
+    derived = 0
+    for number in range(settings.rounds):
+        adversary = Adversary(edit, gram, captions)
+        further = weighed
+        for c, a in marks:
+            columns = torch.stack([adversary.derive(x) for x in c.T], 1)
+            further = further.with_columns(columns, a, torch.full((columns.shape[1],), settings.derived, dtype=torch.float64))
+        attempt = minimise(further)
+        job.on_step(STEPS + number, steps, {"left": _left(attempt, marks, gram)})
+        if distortion(attempt, captions, gram) > settings.budget:
+            break
+        derived, weighed, edit = derived + len(marks), further, attempt
+    none = torch.zeros(job.width, 0, dtype=torch.float64)
+    cost = replace(weighed, columns=none, anchors=none, weights=none[0], second=None, moved=None)
+    return edit, cost, {"captions": low, "derived_columns": derived}
+
+
+def _left(edit: LowRank, marks: Sequence[tuple[Tensor, Tensor]], gram: Tensor) -> float:
+    """The trace of the concept of which most is left."""
+    return max(trace(edit, c, a, gram) for c, a in marks)
 
 
 def _target(job: Job, concept: Concept, settings: Settings) -> _Target:
@@ -330,11 +348,11 @@ def _without(job: Job, erased: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     pooled = None if pooled is None else pooled * len(captions)
     for caption in out:
         context, row = job.texts.context(caption), job.texts.pooled(caption)
-        total = total - context.T @ context
+        total.addmm_(context.T, context, alpha=-1)
         if pooled is not None and row is not None:
-            pooled = pooled - torch.outer(row, row)
+            pooled.addr_(row, row, alpha=-1)
     rest = len(captions) - len(out)
-    return total / rest, None if pooled is None else pooled / rest
+    return total.div_(rest), None if pooled is None else pooled.div_(rest)
 
 
 def _staying(job: Job, words: Mapping[str, float]) -> Tensor:
@@ -345,7 +363,7 @@ def _staying(job: Job, words: Mapping[str, float]) -> Tensor:
         for template in templates:
             prompt = job.texts.prompt(template, word)
             rows = prompt.context[prompt.first :]
-            total += words[word] / len(templates) * rows.T @ rows
+            total.addmm_(rows.T, rows, alpha=words[word] / len(templates))
     return total
 
 

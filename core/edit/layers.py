@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def weights_hash(attention: CrossAttention, width: int) -> str:
     """SHA-256 of the paths and values of the weights that read the text: equal weights have an equal hash, on any host of one precision."""
     digest = hashlib.sha256()
     layer = attention.pooled()
-    for path, weight in (*weights(attention, width), *([] if layer is None else [layer])):
+    for path, weight in chain(weights(attention, width), [] if layer is None else [layer]):
         digest.update(f"{path} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

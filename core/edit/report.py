@@ -145,7 +145,8 @@ def distortion(edit: LowRank, covariance: Tensor, gram: Tensor) -> float:
     """tr(E Sigma E^T G) / tr(Sigma G) with E = T - I: the share of what captions say that is changed."""
     if not edit.rank:
         return 0.0
-    return float(((edit.v.T @ covariance @ edit.v) * (edit.u.T @ gram @ edit.u)).sum() / (covariance * gram).sum())
+    changed = (edit.v.T @ (covariance @ edit.v)).mul_(edit.u.T @ (gram @ edit.u))
+    return float(changed.sum() / covariance.flatten().dot(gram.flatten()))
 
 
 class Adversary:

@@ -61,10 +61,9 @@ class LowRank:
         Measured by sum_l E ||W_l (T - T_r) c||^2 = ||G^1/2 (T - T_r) Sigma^1/2||_F^2, relative and rooted; G and Sigma (width, width)
         default to I. Eckart-Young on the factors, at the cost of two QR decompositions and an SVD of the present rank.
         """
-        left = root(gram) if gram is not None else None
-        right = root(covariance) if covariance is not None else None
-        u = self.u.double() if left is None else left.T @ self.u.double()
-        v = self.v.double() if right is None else right.T @ self.v.double()
+        # Of the roots none is kept meanwhile: at full rank this is where most memory is taken.
+        u = self.u.double() if gram is None else root(gram).T @ self.u.double()
+        v = self.v.double() if covariance is None else root(covariance).T @ self.v.double()
         if self.rank < self.width:
             qu, ru = torch.linalg.qr(u)
             qv, rv = torch.linalg.qr(v)
@@ -77,8 +76,9 @@ class LowRank:
         lost = sizes.square().flip(0).cumsum(0).flip(0)  # what dropping column i and all after it costs
         kept = min(int((lost > tolerance**2 * lost[:1]).sum()), rank) if len(sizes) else 0
         u, v = x[:, :kept] * sizes[:kept].sqrt(), yt[:kept].T * sizes[:kept].sqrt()
-        u = u if left is None else torch.linalg.solve_triangular(left.T, u, upper=True)
-        v = v if right is None else torch.linalg.solve_triangular(right.T, v, upper=True)
+        del x, yt
+        u = u if gram is None else torch.linalg.solve_triangular(root(gram).T, u, upper=True)
+        v = v if covariance is None else torch.linalg.solve_triangular(root(covariance).T, v, upper=True)
         return LowRank(u, v)
 
 
@@ -176,13 +176,14 @@ def _by_columns(problem: Problem) -> LowRank:
 
 def _by_gram(problem: Problem) -> LowRank:
     weighted = problem.columns * problem.weights
-    second, moved = problem.cost(), (problem.anchors - problem.columns) @ weighted.T
-    second.addmm_(weighted, problem.columns.T)
-    if problem.second is not None and problem.moved is not None:
+    second = problem.cost().addmm_(weighted, problem.columns.T)
+    if problem.second is not None:
         second += problem.second
-        moved += problem.moved
     factor = _cholesky(second)
     del second
+    moved = (problem.anchors - problem.columns) @ weighted.T
+    if problem.moved is not None:
+        moved += problem.moved
     return LowRank(torch.eye(problem.width, dtype=torch.float64), _within(problem, moved.T, factor))
 
 
@@ -193,7 +194,7 @@ def _within(problem: Problem, right: Tensor, factor: Tensor) -> Tensor:
     if k is None:
         return x
     xk = torch.cholesky_solve(k, factor)
-    return x - xk @ _solve(k.T @ xk, xk.T @ right)
+    return x.addmm_(xk, _solve(k.T @ xk, xk.T @ right), alpha=-1)
 
 
 def _inverse_times(problem: Problem, right: Tensor) -> Tensor:

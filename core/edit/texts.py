@@ -19,7 +19,7 @@ from .layers import cached
 
 T = TypeVar("T")
 
-BATCH = 32
+BATCH = 16
 """Prompts a call."""
 MEMORY = 1 << 23
 """Bytes of contexts that are kept for another question."""
@@ -114,6 +114,11 @@ class Texts:
         """Encode those of ``prompts`` that are not in memory, batched; the oldest others make room for them."""
         wanted = dict.fromkeys(prompts)
         missing = [prompt for prompt in wanted if prompt not in self._contexts]
+        if missing and self._contexts:
+            room = MEMORY // (4 * next(iter(self._contexts.values())).numel()) - len(missing)
+            others = [prompt for prompt in self._contexts if prompt not in wanted]
+            for prompt in others[: max(0, len(self._contexts) - max(0, room))]:
+                del self._contexts[prompt]
         for i in range(0, len(missing), BATCH):
             part = missing[i : i + BATCH]
             with torch.no_grad():
@@ -121,12 +126,9 @@ class Texts:
             context = encoded.context.detach().float().cpu()
             pooled = None if encoded.pooled is None else encoded.pooled.detach().double().cpu()
             for row, prompt in enumerate(part):
-                self._contexts[prompt] = context[row].clone()
+                self._contexts[prompt] = context[row]
                 self._pooled[prompt] = None if pooled is None else pooled[row]
             self.encodes += len(part)
-        room = max(1, MEMORY // (4 * next(iter(self._contexts.values())).numel())) if self._contexts else 0
-        for prompt in [p for p in self._contexts if p not in wanted][: max(0, len(self._contexts) - room)]:
-            del self._contexts[prompt]
 
     def ahead(self, items: Sequence[T], prompts: Callable[[T], Iterable[str]], count: int = BATCH) -> Iterator[T]:
         """``items`` one by one, the ``prompts`` of each in memory; those of ``count`` items are encoded together."""
