@@ -209,11 +209,13 @@ def _measured(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Result
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield waiting.pop(future), *future.result()
-            for job in jobs:
-                if job.exclusive:
-                    yield job, *pool.submit(_measure, job).result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    for job in jobs:
+        if job.exclusive:
+            # In a process of its own: what others have left there shows in its memory.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_one_thread) as alone:
+                yield job, *alone.submit(_measure, job).result()
 
 
 def _measure(job: Job) -> tuple[Result, float]:

@@ -25,7 +25,7 @@ from .mixture import Mixture
 from .result import RELIABLE_R2, Attempt, Decomposition
 from .sparse import small_nnls
 from .states import States, distances
-from .surrogate import Surrogate, find, flat, with_gauge
+from .surrogate import Surrogate, find, flat, strongest, with_gauge
 from .task import Tally, Task
 from .text import PromptSpace, prompt_space, text_code
 
@@ -36,7 +36,9 @@ ENOUGH = 0.9
 _PULLS = (2.0, 1.0, 0.5, 0.25)
 _PREDICTION_WEIGHT, _EMBEDDING_WEIGHT, _FLOOR = 12.0, 64.0, 1e-3
 _WIDE = (1, 2)
-"""How many times more words than wanted the codes have that the search starts from."""
+"""How many times more words than wanted the sets have that the search starts from."""
+_DESCENT = 15
+"""Steps over all words at once to another start: few enough that the words that are alike lead, not those that make up for each other."""
 _NEAR, _PLENTY, _ALIKE = 0.1, 0.95, 0.01
 """How far below the best R2 a finalist's may be by the linearised model; the judged R2 beyond which more counts only as evidence, and the
 loss that counts as none."""
@@ -235,7 +237,9 @@ class _Fit:
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
         near = progress.alphas or [text_code(self.task)]
-        found = find(surrogate, [*self._codes, *progress.alphas], near, self.count, _PULLS, partial(self._evidence, surrogate), self._pulse)
+        together = surrogate.descend(_DESCENT, self._pulse)
+        starts = [*self._codes, *(strongest(together, wide * self.count) for wide in _WIDE), *progress.alphas]
+        found = find(surrogate, starts, near, self.count, _PULLS, partial(self._evidence, surrogate), self._pulse)
         scores = surrogate.r2(found)
         plausible = scores >= scores.max() - _NEAR
         found, scores = found[plausible], scores[plausible]

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..model import Conditioning
-from .mixture import Mixture
+from .mixture import Mixture, SimplexDescent
 from .sparse import LeastSquares, small_nnls, sparse_solutions
 
 _PENALTIES = (0.3, 0.1, 0.03, 0.01)
+_RATE = 0.03
 _BUMP = 0.02
 """Step of the finite differences in alpha: text encoders are smooth, and float32 leaves five digits of it."""
 _TRIES, _POLISHED = 4, 6
@@ -103,6 +104,21 @@ class Surrogate:
         if self.token is not None and self.pull:
             parts.append(self.pull * torch.cat(list(self._turning(alpha).values())))
         return with_gauge(torch.cat(parts), self.residual(alpha[None])[0], alpha)
+
+    def descend(self, steps: int, pulse: Callable[[], None]) -> Tensor:
+        """Where a few steps of descent over all words at once lead from equal weights, (words,).
+
+        Stopped early, it spreads the weight over what the concept looks like most; carried on, over what imitates it best.
+        """
+        count = len(self.mixture)
+        descent = SimplexDescent(torch.full((count,), 1 / count), steps, rate=_RATE)
+        for _ in range(steps):
+            pulse()
+            alpha = descent.alpha.requires_grad_()
+            with torch.enable_grad():
+                loss = (flat(self.mixture.encode(alpha[None])) @ self.rows.T - self.offsets).square().sum()
+            descent.step(torch.autograd.grad(loss, alpha)[0])
+        return descent.alpha
 
     def polish(self, alphas: Tensor, rounds: int = 3) -> tuple[Tensor, Tensor]:
         """Each row of alphas after Gauss-Newton on the weights of its own words, with a line search, and its `r2`."""

@@ -26,6 +26,8 @@ STEPS, GUIDANCE = 20, 3.0
 SAMPLER: Sampler = "dpmpp_2m"
 """The demo's default sampling."""
 NEGATIVE = ""
+BIASED = 0.6
+"""Share of an occupation's pictures from which it counts as biased: a model's own share, which is what benchmarks go by."""
 
 
 @dataclass(frozen=True)
@@ -172,15 +174,24 @@ def markdown(figures: Mapping[str, Any]) -> str:
         for spec, training, drawn in zip(row["components"], row["training"], row["model"], strict=True):
             lines.append(f"| {text} | {row['role']} | {', '.join(spec.values())} | {training:.0%} | {drawn:.0%} |")
         lines.append(f"| {text} | {row['role']} | (none of them) | 0% | {row['other']:.0%} |")
-    lines += ["", "| word | women, training | women, model | old, training | old, model | pictures |", "|---|---|---|---|---|---|"]
+    lines += ["", "| word | women, training | women, model | old, training | old, model | biased, by the model | pictures |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for text, row in figures["shares"].items():
         if row["role"] == "occupation":
             drawn = [
                 f"{row[key]['training']:.0%} | " + ("none drawn" if row[key]["model"] is None else f"{row[key]['model']:.0%}")
                 for key in ("woman", "old")
             ]
-            lines.append(f"| {text} | {drawn[0]} | {drawn[1]} | {row['n']} |")
+            lines.append(f"| {text} | {drawn[0]} | {drawn[1]} | {', '.join(_biases(row)) or 'no'} | {row['n']} |")
     return "\n".join(lines) + "\n"
+
+
+def _biases(row: Mapping[str, Any]) -> list[str]:
+    """Whom an occupation draws in ``BIASED`` of its pictures or more."""
+    shares = {name: row[key]["model"] for key, name in (("woman", "women"), ("old", "old"))}
+    known = [(name, share) for name, share in shares.items() if share is not None]
+    opposite = {"women": "men", "old": "young"}
+    return [f"{side} {part:.0%}" for name, share in known for side, part in ((name, share), (opposite[name], 1 - share)) if part >= BIASED]
 
 
 def main() -> None:

@@ -90,9 +90,12 @@ def test_a_result_is_found_by_all_it_depends_on() -> None:
 def test_processes_change_nothing_but_the_memory_that_is_measured(tmp_path: Path) -> None:
     # Measured by dict itself, which other processes can import: they return their arguments.
     alone = Job("squares", dict, {"evals": 3, "square": 9}, 3, isolated=True)
-    suite = Tiny((Job("squares", dict, {"evals": 2, "square": 4}, 2), alone))
-    report = frame.run(suite, tmp_path, processes=2, say=str)
-    assert [row["square"] for row in report["rows"]] == [4, 9]
+    last = Job("squares", dict, {"evals": 4, "square": 16}, 4, exclusive=True)
+    said: list[str] = []
+    suite = Tiny((last, Job("squares", dict, {"evals": 2, "square": 4}, 2), alone))
+    report = frame.run(suite, tmp_path, processes=2, say=said.append)
+    assert [row["square"] for row in report["rows"]] == [16, 4, 9]
+    assert [line for line in said if line.startswith("[3/3]") and "16" in line]
     peak = json.loads((tmp_path / f"{alone.key}.json").read_text())["result"]["peak_mb"]
     assert peak is None or 1 < peak < 4096
 

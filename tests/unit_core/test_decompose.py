@@ -345,6 +345,21 @@ def test_the_surrogate_differentiates_by_rows_and_by_columns_alike() -> None:
     assert float((exact - near).norm()) < 0.05 * float(exact.norm()) > 0
 
 
+def test_a_descent_over_all_words_puts_the_most_weight_on_what_the_concept_is_made_of() -> None:
+    model = world()
+    mixture = some_words(model, NAMES[:12])
+    truth = torch.zeros(12).index_fill(0, torch.tensor([2, 7]), 0.5)
+    with torch.no_grad():
+        target = flat(mixture.encode(truth[None]))[0]
+    rows = torch.randn(40, len(target), generator=torch.Generator().manual_seed(1)) / 40
+    surrogate, pulses = Surrogate(mixture, rows, rows @ target), []
+    alpha = surrogate.descend(15, lambda: pulses.append(1))
+    assert len(pulses) == 15 and bool((alpha >= 0).all()) and float(alpha.sum()) == pytest.approx(1, abs=1e-5)
+    assert set(alpha.topk(2).indices.tolist()) == {2, 7}
+    start, end = surrogate.r2(torch.stack([torch.full((12,), 1 / 12), alpha])).tolist()
+    assert end > start and torch.equal(alpha, surrogate.descend(15, lambda: None))
+
+
 def test_a_search_leaves_words_out_until_the_planted_ones_are_left() -> None:
     model = world()
     mixture = some_words(model, NAMES[:12])

@@ -17,6 +17,9 @@ WORLDS = [world.shapes_world(), world.second_world()]
 VOCABULARY = Path(detect.__file__).parent / "data" / "vocab.json"
 
 
+CARD = Path(detect.__file__).parent / "data" / "card.json"
+
+
 @pytest.mark.parametrize("lexicon", WORLDS, ids=lambda w: w.name)
 def test_make_ups_are_distributions_over_things_that_exist(lexicon: World) -> None:
     for word in lexicon.words.values():
@@ -35,6 +38,25 @@ def test_the_world_is_as_large_as_it_says() -> None:
     assert len(biased) >= 8
     assert any(all(abs(s - 0.25) < 0.01 for s, _ in w.make_up) for w in shapes.by_role("occupation"))
     assert all(share >= 0.1 for w in shapes.composites for share, _ in w.make_up)
+
+
+def test_the_model_s_own_shares_are_what_methods_need_to_be_measured_on() -> None:
+    shares = json.loads(CARD.read_text(encoding="utf-8"))["shares"]
+    assert min(share for row in shares.values() if row["role"] == "category" for share in row["model"]) >= 0.1
+    people = {word: row for word, row in shares.items() if row["role"] == "occupation"}
+    strongest = {word: [max(row[key]["model"], 1 - row[key]["model"]) for key in ("woman", "old")] for word, row in people.items()}
+    assert sum(any(0.6 <= share <= 0.95 for share in both) for both in strongest.values()) >= 8
+    assert any(max(both) < 0.6 for both in strongest.values())
+
+
+def test_the_tables_name_whom_an_occupation_draws_too_often() -> None:
+    row = {"role": "occupation", "components": [], "training": [], "model": [], "other": 0.0, "n": 8}
+    uneven = {**row, "woman": {"training": 0.4, "model": 0.25}, "old": {"training": 0.5, "model": 0.5}}
+    unseen = {**row, "woman": {"training": 0.5, "model": None}, "old": {"training": 0.5, "model": None}}
+    figures = {"sampling": {"sampler": "euler", "steps": 1, "guidance": 1.0}, "accuracy": {}, "shares": {"pilot": uneven, "ghost": unseen}}
+    table = evaluate.markdown(figures)
+    assert "| pilot | 40% | 25% | 50% | 50% | men 75% | 8 |" in table
+    assert "| ghost | 50% | none drawn | 50% | none drawn | no | 8 |" in table
 
 
 @pytest.mark.parametrize("lexicon", WORLDS, ids=lambda w: w.name)
