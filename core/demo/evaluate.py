@@ -104,15 +104,16 @@ def accuracy(model: Model, task: str, count: int, settings: Settings, *, seed: i
     return _rate([right(reading) for (_, right), reading in zip(cases, seen, strict=True)])
 
 
-def _mixed(world: World) -> list[Word]:
-    """The composite and occupation words, without synonyms: those with more than one component, or with two things side by side."""
-    return [word for word in world.words.values() if (len(word.make_up) > 1 or "beside" in word.make_up[0][1]) and word.synonym_of is None]
+def _mixed(world: World, role: str | None = None) -> list[Word]:
+    """The composite and occupation words, or those of one role, without synonyms: with several components, or two things side by side."""
+    mixed = (word for word in world.words.values() if len(word.make_up) > 1 or "beside" in word.make_up[0][1])
+    return [word for word in mixed if word.synonym_of is None and role in (None, word.role)]
 
 
-def model_shares(model: Model, world: World, count: int, settings: Settings, *, seed: int = 0) -> dict[str, Any]:
-    """Per composite and occupation word the shares it was trained with and those the model draws, from ``count`` pictures each."""
+def model_shares(model: Model, words: Sequence[Word], count: int, settings: Settings, *, seed: int = 0) -> dict[str, Any]:
+    """Per composite or occupation word the shares it was trained with and those the model draws, from ``count`` pictures each."""
     table: dict[str, Any] = {}
-    for word in _mixed(world):
+    for word in words:
         seen = readings(model, [f"a photo of a {word.text}"] * count, range(seed, seed + count), settings)
         drawn = detect.shares(word, seen)
         table[word.text] = {
@@ -134,10 +135,18 @@ def model_shares(model: Model, world: World, count: int, settings: Settings, *, 
 
 
 def card(
-    model: Model, world: World, settings: Settings, *, accuracy_count: int, share_count: int, say: Callable[[str], None]
+    model: Model,
+    world: World,
+    settings: Settings,
+    *,
+    accuracy_count: int,
+    share_count: int,
+    role: str | None = None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The figures of the model card; a count of 0 leaves its part out. ``say`` hears the plan and then each figure."""
-    total = accuracy_count * len(TASKS) + share_count * len(_mixed(world))
+    """The figures of the model card; a count of 0 leaves its part out, a role the shares of other words. ``say`` hears plan and figures."""
+    words = _mixed(world, role)
+    total = accuracy_count * len(TASKS) + share_count * len(words)
     say(f"planned: {total} pictures, {total * settings.steps * 2} evals")
     figures: dict[str, Any] = {
         "world": world.name,
@@ -149,7 +158,7 @@ def card(
             figures["accuracy"][task] = accuracy(model, task, accuracy_count, settings)
             say(f"{task}: {figures['accuracy'][task]}")
     if share_count:
-        figures["shares"] = model_shares(model, world, share_count, settings)
+        figures["shares"] = model_shares(model, words, share_count, settings)
         for text, row in figures["shares"].items():
             say(f"{text}: training {np.round(row['training'], 2)}, model {np.round(row['model'], 2)}, other {row['other']:.2f}")
     return figures
@@ -205,6 +214,9 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="demo, or a checkpoint in its layout")
     parser.add_argument("--pictures", type=int, default=512, help="pictures per accuracy figure; 0 keeps those in --out")
     parser.add_argument("--per-word", type=int, default=4096, help="pictures per word for the model shares; 0 keeps those in --out")
+    parser.add_argument(
+        "--role", choices=sorted({word.role for word in _mixed(shapes_world())}), help="measure shares of words of this role alone"
+    )
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=32)
@@ -212,7 +224,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     parser.add_argument("--tables", type=Path, help="Markdown file of the same figures")
     options = parser.parse_args()
-    if not (options.pictures and options.per_word) and not (options.out and options.out.exists()):
+    partly = options.role is not None or not (options.pictures and options.per_word)
+    if partly and not (options.out and options.out.exists()):
         parser.error("a part can only be left out where --out names a file that holds it")
     settings = Settings(steps=options.steps, guidance=options.guidance, batch=options.batch)
 
@@ -225,11 +238,13 @@ def main() -> None:
         settings,
         accuracy_count=options.pictures,
         share_count=options.per_word,
+        role=options.role,
         say=say,
     )
     if options.out:
-        if not (options.pictures and options.per_word):
-            figures = json.loads(options.out.read_text(encoding="utf-8")) | figures
+        if partly:
+            known = json.loads(options.out.read_text(encoding="utf-8"))
+            figures = {**known, **figures, "shares": {**known["shares"], **figures.get("shares", {})}}
         options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if options.tables:
         options.tables.write_text(markdown(figures), encoding="utf-8")
