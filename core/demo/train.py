@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..hosts.scorer import READ_SIDE
@@ -101,7 +102,7 @@ def make_pairs(world: World, folder: Path, shards: int, *, seed: int) -> None:
         log.info("pairs %s: %d of %d", folder, shard + 1, shards)
 
 
-def as_pictures(pixels: np.ndarray) -> Tensor:
+def as_pictures(pixels: NDArray[np.uint8]) -> Tensor:
     """8-bit (batch, height, width, 3) to float (batch, 3, height, width) in [0, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import render
 from .render import Scene, Thing
@@ -393,7 +394,7 @@ def second_world() -> World:
     return _build("second", composites, women_and_old, {"round": "circle", "scarlet": "red", "little": "small", "gentleman": "man"})
 
 
-def contact_sheet(world: World, *, seed: int = 0, per_word: int = 8) -> tuple[np.ndarray, list[str]]:
+def contact_sheet(world: World, *, seed: int = 0, per_word: int = 8) -> tuple[NDArray[np.uint8], list[str]]:
     """Pictures of every word of a world, and the row labels (word, role): (words, per_word, 128, 128, 3) 8-bit."""
     rng = np.random.default_rng(seed)
     rows = [render.draw_batch([world.picture_of(text, rng) for _ in range(per_word)]) for text in world.words]
