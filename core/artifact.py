@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -41,6 +42,9 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+
+_DIGITS = 300
+"""Whole numbers of more do not become floating-point numbers."""
 
 
 class ArtifactError(ValueError):
@@ -107,11 +111,6 @@ def write_bytes(path: str | Path, content: bytes, *, overwrite: bool = False) ->
         temporary.unlink(missing_ok=True)
 
 
-def read_header(path: str | Path, format: str, version: int) -> Header:
-    """The header alone. Raises ArtifactError as `read` does."""
-    return _open(Path(path), format, version, None)[1]
-
-
 def read(path: str | Path, format: str, version: int, layout: Layout) -> tuple[dict[str, Tensor], Header]:
     """Tensors (CPU, owning their memory) and header of an artifact of this format and version.
 
@@ -119,17 +118,14 @@ def read(path: str | Path, format: str, version: int, layout: Layout) -> tuple[d
     sense of, a tensor that is missing, unexpected or of another type or shape, and NaN or infinity. Memory is bounded by the file's
     real length, whatever its header says.
     """
-    return _open(Path(path), format, version, layout)
-
-
-def _open(path: Path, format: str, version: int, layout: Layout | None) -> tuple[dict[str, Tensor], Header]:
+    path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"{path} is not a file: check the name, or make the artifact again")
     try:
         with safe_open(path, framework="pt") as file:
             header = _header(path, file.metadata())
             _expect(path, header, format, version)
-            return ({} if layout is None else _tensors(path, file, _promised(path, header, layout))), header
+            return _tensors(path, file, _promised(path, header, layout)), header
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged or no safetensors file ({error}): copy it again, or make it again") from error
 
@@ -138,7 +134,7 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> Header:
     if metadata is None or set(metadata) != {KEY}:
         raise ArtifactError(f"{path} is not a ConceptKit artifact: its metadata is not the one key {KEY!r}; choose a file this pack wrote")
     try:
-        header = json.loads(metadata[KEY], parse_constant=_not_a_number)
+        header = json.loads(metadata[KEY], parse_constant=_not_a_number, parse_float=_finite_number, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} has a header that is not JSON ({error}): make it again") from error
     if not isinstance(header, dict):
@@ -212,4 +208,13 @@ def _listed(value: Any) -> Any:
 
 
 def _not_a_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text[:40]} is no JSON number")
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _not_a_number(text)
+
+
+def _whole_number(text: str) -> int:
+    return int(text) if len(text) <= _DIGITS else _not_a_number(text)

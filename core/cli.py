@@ -76,9 +76,11 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from .model import OutOfMemory  # loads torch, which help texts do without
+        import torch  # not needed for help texts
 
-        if not isinstance(error, (ValueError, OSError, ArithmeticError, OutOfMemory)):
+        from .model import OutOfMemory
+
+        if not isinstance(error, (ValueError, OSError, ArithmeticError, OutOfMemory, torch.OutOfMemoryError)):
             raise
         typer.echo(f"conceptkit: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         sys.exit(1)

@@ -37,6 +37,24 @@ class OutOfMemory(RuntimeError):
     """A call did not fit in memory even at the smallest batch."""
 
 
+def in_chunks(work: Callable[[Tensor], Tensor], rows: Tensor, size: int, what: str) -> Tensor:
+    """``work`` on ``size`` rows (n, ...) at a time, put together; on half as many from where these do not fit in memory on.
+
+    Raises OutOfMemory, which says ``what`` does not fit, where one row is too much.
+    """
+    parts, start = [], 0
+    while start < len(rows):
+        try:
+            parts.append(work(rows[start : start + size]))
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            if size == 1:
+                raise OutOfMemory(f"{what} does not fit in memory: free memory first") from error
+            size = max(1, min(size, len(rows) - start) // 2)
+        else:
+            start += size
+    return torch.cat(parts)
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What cross-attention reads.

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from .model import Conditioning, Denoiser, Model, UnsupportedModel
+from .model import Conditioning, Denoiser, Model, UnsupportedModel, in_chunks
 from .progress import OnStep, part_of, silent
 
 Sampler: TypeAlias = Literal["euler", "dpmpp_2m"]
@@ -143,7 +143,7 @@ def draw(
         prompts = positive if len(positive) == 1 else positive.map(itemgetter(rows))
         told = part_of(on_step, number, len(starts))
         latents = sample(model, prompts, negative, noise, sigmas, guidance=guidance, sampler=sampler, on_step=told)
-        pictures.append(model.autoencoder.decode(latents).clamp(0, 1).cpu())
+        pictures.append(in_chunks(model.autoencoder.decode, latents, len(latents), f"a picture of {width}x{height}").clamp(0, 1).cpu())
     return torch.cat(pictures)
 
 

@@ -206,9 +206,18 @@ def _measured(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Result
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
         try:
             waiting: dict[Future[tuple[Result, float]], Job] = {pool.submit(_measure, job): job for job in jobs if not job.exclusive}
+            failure: BaseException | None = None
             while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(future), *future.result()
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done & waiting.keys():
+                    job = waiting.pop(future)
+                    if future.exception() is None:
+                        yield job, *future.result()
+                    elif failure is None:  # what is under way elsewhere is not lost
+                        failure = future.exception()
+                        for other in [other for other in waiting if other.cancel()]:
+                            del waiting[other]
+            if failure is not None:
+                raise failure
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     for job in jobs:

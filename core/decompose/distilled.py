@@ -115,7 +115,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _Sample:
-    """States drawn from many with unequal probabilities, and the reciprocals of these, (n,): what each stands for."""
+    """States drawn from many, and what each stands for, (n,): the reciprocal of how likely it was to be among them."""
 
     states: States
     weights: Tensor
@@ -220,7 +220,7 @@ class _Fit:
         places = (torch.arange(count) + torch.rand((), generator=generator)) / count
         picked = torch.searchsorted(chance.cumsum(0), places).clamp_max(len(states) - 1).unique()
         device = states.x.device
-        return _Sample(states[picked.to(device)], chance[picked].reciprocal().to(device))
+        return _Sample(states[picked.to(device)], (count * chance[picked]).clamp_max(1).reciprocal().to(device))
 
     def _searched(self, fitted: States, judged: _Sample) -> Tensor:
         """The best weights under the model linearised at the concept, and at the best words of every attempt before this one."""
@@ -246,7 +246,7 @@ class _Fit:
         likely = self._evidence(surrogate, found, scores).argsort(descending=True, stable=True)[: 3 * self.options.finalists]
         found, scores = surrogate.polish(found[likely])
         discord = surrogate.discord(found)
-        chosen = self._finalists(self._evidence(surrogate, found, scores, discord), (found > 0).sum(1), scores)
+        chosen = self._finalists(self._evidence(surrogate, found, scores, discord), (found > 0).sum(1))
         finalists, reached = found[chosen], self._judge(judged, found[chosen])
         best = self._best(self._evidence(surrogate, finalists, reached, discord[chosen]), reached)
         return self._refine(fitted, judged, finalists[best])
@@ -264,8 +264,8 @@ class _Fit:
     def _surprise(self) -> Tensor:
         return self._prompts.surprise(self.count)
 
-    def _finalists(self, evidences: Tensor, sizes: Tensor, r2: Tensor) -> list[int]:
-        """Which the model is to compare: the best of every number of words that comes near the best R2, then the next best."""
+    def _finalists(self, evidences: Tensor, sizes: Tensor) -> list[int]:
+        """Which the model is to compare: the best of every number of words, then the next best."""
         ranked: list[int] = evidences.argsort(descending=True, stable=True).tolist()
         first = {int(sizes[i]): i for i in reversed(ranked)}
         chosen = [i for i in ranked if i in first.values()]
@@ -320,7 +320,8 @@ class _Fit:
                     "a gradient through the model does not fit in memory even for one picture: use smaller pictures, or free memory first"
                 ) from error
         else:
-            return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float(), projected.detach().float()
+            row = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
+            return row, projected.detach().float().to(row.device)
         halves = [self._projected(states[part], signs[part], at) for part in (slice(None, size // 2), slice(size // 2, None))]
         return torch.cat([row for row, _ in halves]), torch.cat([value for _, value in halves])
 
@@ -424,9 +425,9 @@ class _Fit:
         tensors, header = read(path, _CHECKPOINT, 1, _layout)
         if header["key"] != self._key():
             raise ArtifactError(f"{path} belongs to another decomposition: choose another checkpoint file, or delete it to start afresh")
-        device = self.model.denoiser.device
-        states = States(**{name: tensors[f"states.{name}"].to(device) for name in _STATES})
-        rows = [(tensors[f"rows.{i}"].to(device), tensors[f"offsets.{i}"].to(device)) for i in range(header["linearised"])]
+        states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in _STATES})
+        at = self.task.teacher.context.device  # where gradients in the conditioning are
+        rows = [(tensors[f"rows.{i}"].to(at), tensors[f"offsets.{i}"].to(at)) for i in range(header["linearised"])]
         attempts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
         alphas = [tensors[f"alpha.{i}"] for i in range(len(attempts))]
         return _Progress(states, rows, attempts, alphas), int(header["evals"]), int(header["calls"])
@@ -437,11 +438,14 @@ _STATES = ("x", "sigma", "teacher", "empty", "picture")
 
 def _layout(header: Mapping[str, Any]) -> dict[str, Spec]:
     latents: Spec = (torch.float32, (None, None, None, None))
+    linearised, attempts = header["linearised"], len(header["attempts"])
+    if type(linearised) is not int or not 0 <= linearised <= attempts + 1:
+        raise ValueError(f"{linearised!r} linearisations do not go with {attempts} attempts")
     layout: dict[str, Spec] = {f"states.{name}": latents for name in ("x", "teacher", "empty")}
     layout |= {"states.sigma": (torch.float32, (None,)), "states.picture": (torch.int64, (None,))}
-    for index in range(header["linearised"]):
+    for index in range(linearised):
         layout |= {f"rows.{index}": (torch.float32, (None, None)), f"offsets.{index}": (torch.float32, (None,))}
-    return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(len(header["attempts"]))}
+    return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(attempts)}
 
 
 def _row(conditioning: Conditioning, index: int) -> Conditioning:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..model import Conditioning
+from ..model import Conditioning, in_chunks
 from .mixture import Mixture, SimplexDescent
 from .sparse import LeastSquares, small_nnls, sparse_solutions
 
@@ -59,8 +59,7 @@ class Surrogate:
     def residual(self, alphas: Tensor) -> Tensor:
         """y for each row of alphas (batch, words): (batch, n), or n + width with a pull. Double, CPU."""
         with torch.no_grad():
-            parts = [flat(self.mixture.encode(part)) @ self.rows.T - self.offsets for part in alphas.split(self.chunk)]
-            y = torch.cat(parts).cpu().double()
+            y = self._in_chunks(lambda part: flat(self.mixture.encode(part)) @ self.rows.T - self.offsets, alphas).cpu().double()
             return y if self.token is None or not self.pull else torch.cat([y, self._pulled(alphas, self.token)], dim=1)
 
     def r2(self, alphas: Tensor) -> Tensor:
@@ -163,13 +162,14 @@ class Surrogate:
 
     def _jacobian_by_rows(self, alpha: Tensor) -> Tensor:
         """d y / d alpha, (n, words): one backward pass through the text encoder a row."""
-        parts = []
-        for rows in self.rows.split(self.chunk):
+
+        def gradients(rows: Tensor) -> Tensor:
             each = alpha.expand(len(rows), -1).clone().requires_grad_()
             with torch.enable_grad():
                 total = (flat(self.mixture.encode(each)) * rows).sum()
-            parts.append(torch.autograd.grad(total, each)[0].cpu().double())
-        return torch.cat(parts)
+            return torch.autograd.grad(total, each)[0].cpu().double()
+
+        return self._in_chunks(gradients, self.rows)
 
     def _jacobian_by_columns(self, alpha: Tensor) -> Tensor:
         """The same by finite differences in each number of the token, chained with how the token turns with alpha."""
@@ -179,13 +179,17 @@ class Surrogate:
             for name, turning in self._turning(alpha).items():
                 row, length = token[name][0], self.mixture.norms[name]
                 moved = torch.cat([row, row + _BUMP * length * torch.eye(row.shape[1]).to(row)])
-                parts = []
-                for part in moved.split(self.chunk):
+
+                def seen(part: Tensor, name: str = name) -> Tensor:
                     slot = {key: value.expand(len(part), 1, -1) for key, value in token.items()} | {name: part[:, None]}
-                    parts.append((flat(self.mixture.encode_tokens(slot)) @ self.rows.T).cpu().double())
-                values = torch.cat(parts)
+                    return (flat(self.mixture.encode_tokens(slot)) @ self.rows.T).cpu().double()
+
+                values = self._in_chunks(seen, moved)
                 total += ((values[1:] - values[0]) / _BUMP).T @ turning
         return total
+
+    def _in_chunks(self, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        return in_chunks(work, rows, self.chunk, "a prompt in the text encoder")
 
 
 class Search:

@@ -101,8 +101,8 @@ def text_code(task: Task) -> Tensor:
     own = _concept(task)
     pool = embeddings(task.model.text, list(task.pool.values()))
     scale = {name: float(rows.norm(dim=1).mean()) for name, rows in pool.items()}
-    atoms = torch.cat([rows.double().cpu() / scale[name] for name, rows in pool.items()], dim=1)
-    target = torch.cat([normalize(own[name].double().cpu(), dim=1).sum(0) for name in pool])
+    atoms = torch.cat([rows.cpu().double() / scale[name] for name, rows in pool.items()], dim=1)
+    target = torch.cat([normalize(own[name].cpu().double(), dim=1).sum(0) for name in pool])
     return _nearest(task.words, atoms, target)
 
 

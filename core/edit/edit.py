@@ -296,6 +296,8 @@ def _layout(header: artifact.Header) -> Mapping[str, artifact.Spec]:
     settings = header["settings"]
     if not isinstance(settings, dict) or not all(isinstance(value, (bool, int, float, str)) for value in settings.values()):
         raise TypeError("settings must be numbers, texts or booleans")
+    if type(settings.get("strength", 1.0)) not in (int, float):
+        raise TypeError("the strength must be a number")
     if len(set(header["layers"])) != len(header["layers"]):
         raise ValueError("a layer is listed twice")
     width, rank = _size(header["width"]), _size(header["rank"])

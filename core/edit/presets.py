@@ -247,7 +247,6 @@ def _kept(prompt: Prompt, which: Literal["last", "all"]) -> Tensor:
     return prompt.context if which == "all" else prompt.context[prompt.last : prompt.last + 1]
 
 
-_PICTURES = ("a photo of {}", "a picture of {}", "a drawing of {}", "an image of {}", "a painting of {}")
 _UCE_2025_TEMPLATES = ("{}", "image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}")
 _ARTICLES = tuple(
     f"{noun} of {article}{{}}" for noun in ("a photo", "a picture", "a drawing", "an image", "a painting") for article in ("", "a ", "the ")

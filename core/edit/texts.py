@@ -73,15 +73,22 @@ def check_concepts(text: TextEncoder, concepts: Sequence[Concept], keep: Sequenc
             raise ValueError(f"{concept.text!r} is to be erased and kept: take it off one of the two lists")
         if concept.replacement is not None and _plain(concept.replacement) == name:
             raise ValueError(f"{concept.text!r} is to be replaced by itself: name another replacement, or none")
+    if any(not _plain(word) for word in keep):
+        raise ValueError("the keep list has an empty entry: delete the empty line")
     for concept in concepts:
         if concept.replacement is not None and _plain(concept.replacement) in seen:
             raise ValueError(f"{concept.replacement!r} replaces {concept.text!r} and is erased itself: name another replacement")
         said = [("concept", concept.text), ("replacement", concept.replacement), *(("attribute", a) for a, _ in concept.attributes)]
         for role, words in said:
             if words is not None and not is_known(text, words):
-                raise ValueError(f"the text encoder does not know the {role} {words!r}: check the spelling, or use a commoner word")
-    if any(not _plain(word) for word in keep):
-        raise ValueError("the keep list has an empty entry: delete the empty line")
+                raise ValueError(_unknown(role, words))
+    for word in keep:
+        if not is_known(text, word):
+            raise ValueError(_unknown("word to keep", word))
+
+
+def _unknown(role: str, words: str) -> str:
+    return f"the text encoder does not know the {role} {words!r}: check the spelling, or use a commoner word"
 
 
 def _plain(text: str) -> str:
@@ -124,7 +131,7 @@ class Texts:
             with torch.no_grad():
                 encoded = self.encoder.encode(part)
             context = encoded.context.detach().float().cpu()
-            pooled = None if encoded.pooled is None else encoded.pooled.detach().double().cpu()
+            pooled = None if encoded.pooled is None else encoded.pooled.detach().cpu().double()
             for row, prompt in enumerate(part):
                 self._contexts[prompt] = context[row]
                 self._pooled[prompt] = None if pooled is None else pooled[row]
@@ -214,7 +221,7 @@ def caption_corpus(model: Model, count: int = CAPTIONS, *, seed: int = 0) -> tup
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """Second moments of a caption corpus: covariance (width, width) = mean over captions of sum over positions c c^T, and the pooled
-    texts' (mean of p p^T), float64; null: (positions, width) context of the empty prompt. key: a hash of encoder and captions."""
+    texts' (mean of p p^T), float64. key: a hash of encoder and captions."""
 
     covariance: Tensor
     pooled: Tensor | None
@@ -244,7 +251,7 @@ def corpus(texts: Texts, captions: Sequence[str], cache: Path | None = None) -> 
             rows = encoded.context.detach().cpu().double().flatten(0, 1)
             total.addmm_(rows.T, rows)
             if pooled is not None and encoded.pooled is not None:
-                row = encoded.pooled.detach().double().cpu()
+                row = encoded.pooled.detach().cpu().double()
                 pooled += row.T @ row
             texts.encodes += len(encoded)
         found = {"covariance": total / len(captions)}

@@ -38,6 +38,7 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.01
 """The noise schedule of Stable Diffusion, which the demo model shares."""
 
 _SUPPORTED = "supported are Stable Diffusion 1.x, 2.x and SDXL base models"
+_TIMESTEPS = 100_000  # more than any schedule has; a damaged file must not allocate what it likes
 _ROWS = 64  # prompts per text encoder call; activations of more would outweigh the model
 
 
@@ -328,9 +329,12 @@ def _load_single(path: Path, name: str, device: torch.device, dtype: torch.dtype
         assign_weights(vae, vae_sd)
     except _load_errors() as error:
         raise ValueError(f"the weights in {path.name} do not fit its header ({first_line(error)}): fetch or export it again") from error
-    model = _assemble("sd1", name, _tokenizer(DEMO), [text], unet, vae, header.get("scheduler", SCHEDULE), device, dtype)
-    if "words" in header:
-        model = replace(model, words=tuple(header["words"]))
+    scheduler, words = header.get("scheduler", SCHEDULE), header.get("words")
+    if not isinstance(scheduler, dict) or not (words is None or (isinstance(words, list) and all(isinstance(w, str) for w in words))):
+        raise ValueError(f"the header of {path.name} has no schedule or no list of words where one is expected: fetch or export it again")
+    model = _assemble("sd1", name, _tokenizer(DEMO), [text], unet, vae, scheduler, device, dtype)
+    if words is not None:
+        model = replace(model, words=tuple(words))
     if not scorer_sd or not isinstance(model.text, DiffusersText):
         return model
     return replace(model, scorer=JointScorer(scorer_network(scorer_sd, header, path.name).to(device), model.text.pooled))
@@ -440,24 +444,35 @@ def _noise_levels(config: Mapping[str, Any], name: str) -> tuple[Tensor, bool]:
         or "FlowMatch" in str(config.get("_class_name"))
     ):
         raise UnsupportedModel(f"{name} was trained to predict {prediction!r} ({config.get('_class_name')}): {_SUPPORTED}")
-    kind, steps = config.get("beta_schedule", "linear"), int(config["num_train_timesteps"])
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
-    elif kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
-    elif kind == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    else:
+    kind = config.get("beta_schedule", "linear")
+    if kind not in ("linear", "scaled_linear") and config.get("trained_betas") is None:
         raise UnsupportedModel(f"{name} was trained with the noise schedule {kind!r}: supported are 'scaled_linear' and 'linear'")
+    damaged = f"the scheduler of {name} has a damaged noise schedule: fetch the pipeline again"
+    try:
+        betas = _betas(config, root=kind == "scaled_linear")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(damaged) from error
     if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
-        raise ValueError(f"the scheduler of {name} has a damaged noise schedule: fetch the pipeline again")
+        raise ValueError(damaged)
     kept = (1 - betas).cumprod(0)
     if config.get("rescale_betas_zero_snr"):
         root = kept.sqrt()
         kept = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
         kept[-1] = 4.8973451890853435e-08  # ComfyUI's stand-in for 0, where sigma would be infinite
     return ((1 - kept) / kept).sqrt().float(), prediction == "v_prediction"
+
+
+def _betas(config: Mapping[str, Any], *, root: bool) -> Tensor:
+    """The training schedule's betas, float64: those listed, or evenly spaced, or with evenly spaced roots."""
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    steps = int(config["num_train_timesteps"])
+    if not 2 <= steps <= _TIMESTEPS:
+        raise ValueError(f"{steps} timesteps")
+    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    if root:
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+    return torch.linspace(start, end, steps, dtype=torch.float64)
 
 
 def _component(kind: Any, folder: Path, **options: Any) -> Any:
@@ -516,7 +531,17 @@ def _load_errors() -> tuple[type[Exception], ...]:
     """What the libraries raise over a configuration or weights that make no sense."""
     from huggingface_hub.errors import StrictDataclassError
 
-    return (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError)
+    return (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    )
 
 
 def _json(path: Path, remedy: str) -> dict[str, Any]:

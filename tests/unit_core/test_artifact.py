@@ -61,7 +61,7 @@ def test_reads_back_what_was_written(tmp_path_factory, written, header):
     path = tmp_path_factory.mktemp("artifact") / "a.safetensors"
     artifact.write(path, written, header)
     found, found_header = artifact.read(path, "test", 1, lambda _: {n: (t.dtype, tuple(t.shape)) for n, t in written.items()})
-    assert found_header == header == artifact.read_header(path, "test", 1)
+    assert found_header == header
     assert found.keys() == written.keys()
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in written.items())
     assert artifact.content_hash(found, found_header) == artifact.content_hash(written, header)
