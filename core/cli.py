@@ -160,7 +160,9 @@ def decompose(
     seeds: PicturesOption = 6,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the decomposition.")] = 0,
     steps: StepsOption = 20,
-    guidance: GuidanceOption = 4.0,
+    guidance: Annotated[
+        float | None, typer.Option(min=1, help="Classifier-free guidance; by default the method's own, and 4 for the pictures.")
+    ] = None,
     size: SideOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -169,14 +171,15 @@ def decompose(
         _load(model, device),
         concept,
         out,
-        _Drawing(range(seeds), steps, guidance, size),
+        _Drawing(range(seeds), steps, size=size) if guidance is None else _Drawing(range(seeds), steps, guidance, size),
+        settings={} if guidance is None else {"guidance": guidance},
         template=template,
         words=words,
         method=method,
         budget=budget,
         candidates=candidates.read_text("utf-8").split() if candidates else None,
         limit=limit,
-        exclude=exclude.read_text("utf-8").split() if exclude else (),
+        exclude=re.findall(r"[^,\s]+", exclude.read_text("utf-8")) if exclude else (),
         exclude_unsafe=exclude_unsafe,
         keep_concept=keep_concept,
         select=select,
@@ -231,7 +234,7 @@ def erase(
     keep: Annotated[str, typer.Option(help="Words that must stay as they are, separated by commas.")] = "",
     method: Annotated[str, typer.Option(help="conceptkit, or a published method to compare with.")] = "conceptkit",
     strength: Annotated[float, typer.Option(help="1 erases, 0 changes nothing.")] = 1.0,
-    hard: Annotated[bool, typer.Option("--hard", help="No embedding at all can say the concept afterwards.")] = False,
+    hard: Annotated[bool, typer.Option("--hard", help="No embedding at all is read as exactly the concept afterwards.")] = False,
     precision: Annotated[Literal["fp16", "fp32"], typer.Option(help="Of the LoRA's numbers.")] = "fp16",
     edit_file: Annotated[Path | None, typer.Option("--edit", help="A file to keep the edit itself in, for `conceptkit report`.")] = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder for pictures of each concept, before and after.")] = None,
@@ -427,9 +430,10 @@ def _decompose(model: Model, concept: str, out: Path, drawing: _Drawing, **optio
     start = time.perf_counter()
     side = _side(model, drawing.size)
     with _Bar(f"decomposing {concept!r}") as bar:
-        result = decompose_concept(model, concept, height=side, width=side, settings={"guidance": drawing.guidance}, on_step=bar, **options)
+        result = decompose_concept(model, concept, height=side, width=side, on_step=bar, **options)
     seconds = time.perf_counter() - start
-    subtitle = f'"{result.template.replace("{}", concept)}", model {model.name}; R² {result.r2:.3f}'
+    explained = "R² not measured" if result.fidelity is None else f"R² {result.r2:.3f}"
+    subtitle = f'"{result.template.replace("{}", concept)}", model {model.name}; {explained}'
     chart.save(out / "chart.png", chart.share_bars(result.words, result.shares, result.importance, title=concept, subtitle=subtitle))
     (out / "decomposition.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
     result.save(out / "decomposition.safetensors", overwrite=True)

@@ -93,8 +93,11 @@ def graph_model(
         )
 
 
-def check_graph(model: ModelPatcher, clip: CLIP, vae: VAE | None = None) -> Family:
-    """The family of a MODEL and CLIP that belong together. Raises UnsupportedModel otherwise, saying what to connect instead."""
+def check_graph(model: ModelPatcher, clip: CLIP, vae: VAE | None = None, quantised: str = "") -> Family:
+    """The family of a MODEL and CLIP that belong together. Raises UnsupportedModel otherwise, saying what to connect instead.
+
+    quantised: what else can be done with a MODEL that is.
+    """
     if clip is None:
         raise UnsupportedModel(_NO_CLIP)
     base = model.model
@@ -120,7 +123,7 @@ def check_graph(model: ModelPatcher, clip: CLIP, vae: VAE | None = None) -> Fami
         )
     if base.adm_channels != class_channels:
         raise UnsupportedModel(f"{type(base).__name__} models with inputs beside text are not supported: {_SUPPORTED}")
-    _check_precision("MODEL", network)
+    _check_precision("MODEL", network, quantised)
     if vae is not None and (vae.first_stage_model is None or vae.latent_channels != 4 or vae.latent_dim != 2):
         raise UnsupportedModel("this VAE does not fit the MODEL (4 latent channels): connect the VAE of the same checkpoint")
     return family
@@ -139,9 +142,10 @@ def _check_clip(clip: CLIP) -> tuple[Family, int]:
     return found
 
 
-def _check_precision(part: str, module: torch.nn.Module) -> None:
+def _check_precision(part: str, module: torch.nn.Module, instead: str = "") -> None:
     if _quantised(module):
-        raise UnsupportedModel(f"the {part} is quantised: load it in fp16, bf16 or fp32 (weight_dtype default, no GGUF or fp8 file)")
+        remedy = "load it in fp16, bf16 or fp32 (weight_dtype default, no GGUF or fp8 file)"
+        raise UnsupportedModel(f"the {part} is quantised: {remedy}{instead}")
 
 
 @contextmanager
@@ -161,7 +165,7 @@ def graph_reading(model: ModelPatcher, clip: CLIP) -> Iterator[Model]:
 
     Raises UnsupportedModel, saying what to connect instead.
     """
-    family = check_graph(model, clip)
+    family = check_graph(model, clip, quantised=", and give the edit made with that to Apply Edit to Conditioning")
     with torch.inference_mode(False), graph_text(clip) as text:
         yield Model(
             family=family,
@@ -458,7 +462,10 @@ class GraphTextEncoder:
         encoded = {}
         for name, encoder in self._encoders.items():
             rows = [row for prompt in prompts for row in self._rows(prompt, name, encoder)]
-            parts = [encoder.encode(rows[i : i + ENCODE_ROWS]) for i in range(0, len(rows), ENCODE_ROWS)]
+            parts = []
+            for start in range(0, len(rows), ENCODE_ROWS):
+                management.throw_exception_if_processing_interrupted()
+                parts.append(encoder.encode(rows[start : start + ENCODE_ROWS]))
             encoded[name] = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         return encoded
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..core.decompose import Decomposition
     from ..core.model import ImageScorer
+    from .comfy_model import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -174,9 +175,9 @@ class DecomposeConcept(io.ComfyNode):
         vae: VAE | None = None,
         scorer: ImageScorer | None = None,
     ) -> io.NodeOutput:
-        from ..core.decompose import decompose_concept
-        from .comfy_model import Progress, check_text, graph_model, send_text, trained_side
+        from .comfy_model import Progress, check_graph, check_text, send_text, trained_side
 
+        check_graph(model, clip, vae)
         check_text(concept)
         check_text(template)
         if method != "conceptor":
@@ -199,11 +200,9 @@ class DecomposeConcept(io.ComfyNode):
         found = None if path is None else _stored(path)
         if found is None:
             progress = Progress(node, model, asked["concept"])
-            checkpoint = None if path is None else path.with_suffix(".checkpoint")
-            with graph_model(model, clip, vae, scorer, progress.show) as host:
-                found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=progress).to("cpu")
+            found = _computed(asked, (model, clip, vae, scorer), None if path is None else path.with_suffix(".checkpoint"), progress)
             if path is not None:
-                found.save(path)
+                found.save(path, overwrite=True)  # another worker may have answered meanwhile
             send_text(node, headline(found))
         else:
             send_text(node, f"{headline(found)}  (found in {path.name if path else ''})")
@@ -263,6 +262,31 @@ def _path(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | Non
         return None
     given = asked | {"model": identity, "scorer": scorer and scorer_identity(scorer), "code": code_hash("decompose")}
     return folder(DECOMPOSITIONS) / f"{slug(asked['concept'])}-{content_hash({}, given)[:16]}.safetensors"
+
+
+def _computed(
+    asked: dict[str, Any],
+    wired: tuple[ModelPatcher, CLIP, VAE | None, ImageScorer | None],
+    checkpoint: Path | None,
+    progress: Progress,
+) -> Decomposition:
+    """The answer, gone on with from ``checkpoint``; afresh where what lies there is damaged or was made by a text encoder that rounds
+    otherwise, on another device or machine: nobody who queues a graph can choose another file."""
+    from ..core.artifact import ArtifactError
+    from ..core.decompose import decompose_concept
+    from .comfy_model import graph_model
+
+    resumed = checkpoint is not None and checkpoint.exists()
+    with graph_model(*wired, progress.show) as host:
+        try:
+            found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=progress)
+        except ArtifactError as error:
+            if checkpoint is None or not resumed:
+                raise
+            logger.warning("%s; it is computed afresh", error)
+            checkpoint.unlink()
+            found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=progress)
+    return found.to("cpu")
 
 
 def _stored(path: Path) -> Decomposition | None:

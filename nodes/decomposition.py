@@ -221,7 +221,8 @@ class SaveEmbedding(io.ComfyNode):
     def execute(cls, decomposition: Decomposition, name: str, overwrite: bool) -> io.NodeOutput:
         path = writable("embeddings", name.strip() or f"{slug(decomposition.concept)}-words")
         decomposition.save_embedding(path, overwrite=overwrite)
-        prompt = decomposition.template.replace("{}", f"embedding:{path.stem}")
+        # ComfyUI takes everything up to the next space for the file's name.
+        prompt = decomposition.template.replace("{}", f" embedding:{path.stem} ").strip()
         return io.NodeOutput(prompt, ui=ui.PreviewText(f"embedding:{path.stem}\nin {path.parent}"))
 
 

@@ -106,7 +106,7 @@ class EraseConcept(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, concepts: str = "-", keep: str = "") -> bool | str:
+    def validate_inputs(cls, concepts: str = "-") -> bool | str:
         """True, or what to change. An input that another node gives is not known yet, and arrives here as None."""
         from ..core.edit import parse_concepts
 
@@ -334,13 +334,16 @@ class SaveEditAsLora(io.ComfyNode):
     def execute(cls, model: ModelPatcher, edit: ContextEdit, name: str, precision: str) -> io.NodeOutput:
         import torch
 
-        from ..core.edit import save_lora
+        from ..core.artifact import content_hash
+        from ..core.edit import lora_tensors, save_lora
         from .comfy_model import GraphCrossAttention
 
         dtype = {"fp16": torch.float16, "fp32": torch.float32}[precision]
-        path = writable("loras", file_stem(edit, name))
-        # The same edit gives another file for another model: only its own name is taken again.
-        save_lora(edit, GraphCrossAttention(model), path, dtype=dtype, overwrite=True)
+        attention = GraphCrossAttention(model)
+        # By the LoRA's own content: one edit is another LoRA for another model, and in another precision.
+        content = content_hash(lora_tensors(edit, attention, dtype), {})
+        path = writable("loras", stem(name, concepts_of(edit), content))
+        save_lora(edit, attention, path, dtype=dtype, overwrite=True)
         return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
 
 
@@ -389,7 +392,12 @@ def words(text: str) -> tuple[str, ...]:
 
 def file_stem(edit: ContextEdit, name: str) -> str:
     """The name of an edit's file: what was asked for, or its concepts, and a hash of the content."""
-    return stem(name, "-".join(concept.text for concept in edit.concepts), edit.content_hash())
+    return stem(name, concepts_of(edit), edit.content_hash())
+
+
+def concepts_of(edit: ContextEdit) -> str:
+    """What an edit's files are named after."""
+    return "-".join(concept.text for concept in edit.concepts)
 
 
 def chart(edit: ContextEdit, report: Report | None) -> Tensor:

@@ -69,10 +69,11 @@ def stamp(key: str, name: str) -> str:
 
 @cache
 def code_hash(family: str) -> str:
-    """A hash of the source of a family of methods, as it was when first asked for: other code may find something else."""
-    core = Path(__file__).resolve().parents[1] / "core"
+    """A hash of the source of a family of methods, and of lists it reads, when first asked for: others may find something else."""
+    nodes = Path(__file__).resolve().parent
+    core = nodes.parent / "core"
     digest = hashlib.sha256()
-    for path in sorted([*core.glob("*.py"), *core.glob(f"{family}/*.py")]):
+    for path in sorted([*core.glob("*.py"), *core.glob(f"{family}/*.py"), *core.glob("data/*.txt"), nodes / "comfy_model.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import folder_paths
 from comfy_api.latest import io
+
+from .files import stamp
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -41,11 +42,7 @@ class LoadImageScorer(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, clip: CLIP | None = None) -> str:
         """Changes when another file lies under the same name."""
-        path = folder_paths.get_full_path("checkpoints", checkpoint)
-        if path is None:
-            return ""
-        stat = Path(path).stat()
-        return f"{path} {stat.st_mtime_ns} {stat.st_size}"
+        return stamp("checkpoints", checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, clip: CLIP) -> io.NodeOutput:

@@ -263,8 +263,20 @@ class Decomposition:
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write it as an artifact; ``load`` gives it back bit for bit. Raises ArtifactError as ``artifact.write`` does."""
-        write(path, self._tensors(), self._header(), overwrite=overwrite)
+        """Write it as an artifact; ``load`` gives it back bit for bit. Raises ArtifactError as ``artifact.write`` does.
+
+        An equal result that is there already stays as it is, whatever versions made it.
+        """
+        if overwrite or not self._lies_at(Path(path)):
+            write(path, self._tensors(), self._header(), overwrite=overwrite)
+
+    def _lies_at(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        try:
+            return Decomposition.load(path).content_hash() == self.content_hash()
+        except ArtifactError:
+            return False
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:

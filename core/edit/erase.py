@@ -58,8 +58,8 @@ def solve_edit(
     """The edit that erases ``concepts`` (or puts their replacements in their place), solved jointly, with its report.
 
     concepts: one a line or an item, "circle" or "circle -> square". keep: words that must stay as they are. hard (conceptkit only): no
-    embedding at all may bring a concept back. captions: texts that must keep their meaning, the pack's own by default. cache: a folder for
-    what depends on the checkpoint alone. Strength 0 or no concepts give the identity. Nothing in the model is changed.
+    embedding at all is read as exactly a concept. captions: texts that must keep their meaning, the pack's own by default. cache: a folder
+    for what depends on the checkpoint alone. Strength 0 or no concepts give the identity. Nothing in the model is changed.
 
     Raises ValueError for concepts that cannot be meant, an unknown method or a singular system, UnsupportedModel for a model whose weights
     cannot be read, NonFinite when anything comes out as NaN or infinity, and whatever ``on_step`` raises.

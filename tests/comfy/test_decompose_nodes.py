@@ -146,6 +146,21 @@ def test_adjusting_by_one_saving_and_exporting_change_nothing(comfy, bird):
     assert (comfy.base / "models" / "embeddings" / "bird-words.safetensors").is_file()
 
 
+@pytest.mark.parametrize("template", ["A photo of a {}.", "{}'s face", '"{}"', "a {}-shaped thing"])
+def test_the_embedding_is_read_whatever_stands_beside_it(comfy, bird, template):
+    nodes = {
+        "node": decompose(template=template),
+        "save": node("ConceptKitSaveEmbedding", decomposition=["node", 0], name="beside", overwrite=True),
+        "prompt": node("CLIPTextEncode", clip=["loader", 1], text=["save", 0]),
+        "none": node("CLIPTextEncode", clip=["loader", 1], text=template.replace("{}", "")),
+    }
+    positives = {"concept": ("node", 1), "embedding": ("prompt", 0), "without": ("none", 0)}
+    outputs = comfy.run(drawing(comfy, **positives) | nodes)
+    drawn = {name: pixels(comfy, outputs[name]) for name in positives}
+    assert abs(drawn["embedding"] - drawn["concept"]).max() <= 1
+    assert abs(drawn["without"] - drawn["concept"]).max() > 8
+
+
 def test_an_embedding_of_that_name_is_not_replaced_silently(comfy, bird):
     text, _ = bird
     graph = comfy.loaders() | loading(bird) | {"adjust": adjusted(bird, f"{first_word(text)}: 0")}
@@ -344,11 +359,13 @@ def test_an_interrupted_run_leaves_no_half_result_and_goes_on_where_it_stopped(c
     (checkpoint,) = set(kept(comfy, "*")) - set(before)
     assert checkpoint.suffix == ".checkpoint"
     assert comfy.probe("state") == state
+    damaged = checkpoint.read_bytes()[:-8]
     resumed = comfy.run(graph)["show"]["text"][0]
     (path,) = set(kept(comfy, "*")) - set(before)
     whole = path.read_bytes()
     path.unlink()
+    checkpoint.write_bytes(damaged)  # in a graph there is no other file to choose
     graph["node"]["inputs"] |= UNCACHED
     assert comfy.run(graph)["show"]["text"][0] == resumed
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == whole and not checkpoint.exists()
     assert comfy.probe("state") == state

@@ -138,6 +138,17 @@ def test_the_form_makes_no_difference(comfy, untouched, exported):
     assert float((found["lora fp16"] - patched).abs().max()) < 1e-2 * size
 
 
+def test_a_lora_of_another_model_or_precision_is_another_file(comfy, lora, exported):
+    graph = loaded("tuned", lora, ("loader", 0)) | {"file": node("ConceptKitLoadEdit", file=exported["edit"])}
+    for name, model, precision in (("a", "loader", "fp16"), ("b", "loader", "fp32"), ("c", "tuned", "fp16"), ("d", "loader", "fp16")):
+        saved = node("ConceptKitSaveEditLora", model=[model, 0], edit=["file", 0], name="", precision=precision)
+        graph |= {name: saved, f"show {name}": node("PreviewAny", source=[name, 0])}
+    outputs = comfy.run(comfy.loaders() | graph)
+    a, b, c, d = (outputs[f"show {name}"]["text"][0] for name in "abcd")
+    assert len({a, b, c}) == 3 and a == d
+    assert len({(comfy.base / "models" / "loras" / name).read_bytes() for name in (a, b, c)}) == 3
+
+
 def test_nothing_asked_for_changes_nothing(comfy, untouched):
     found = latents(
         comfy,
@@ -259,7 +270,8 @@ def test_quantised_weights_take_the_edit_on_the_conditioning(comfy, untouched, e
     }
     refusal = comfy.fail(graph | apply("patched", ("file", 0), ("fp8", 0)) | sampled("bad", ("patched", 0)))
     assert "use Apply Edit to Conditioning on positive and negative" in refusal
-    assert "the MODEL is quantised" in comfy.fail(graph | erase(model=("fp8", 0)) | sampled("bad", ("erase", 0)))
+    refused = comfy.fail(graph | erase(model=("fp8", 0)) | sampled("bad", ("erase", 0)))
+    assert "the MODEL is quantised: load it in fp16" in refused and "Apply Edit to Conditioning" in refused
     edited = {
         "edited": node("ConceptKitEditConditioning", conditioning=["positive", 0], edit=["file", 0], strength=1.0),
     }

@@ -68,6 +68,7 @@ def test_refused(comfy, untouched, what, message):
 
 def test_no_clip_is_refused(comfy):
     assert "the CLIP is missing" in comfy.fail(comfy.probing("refused", what="nothing", wires={"clip": None}))
+    assert "the CLIP is missing" in comfy.fail(comfy.probing("decomposed", wires={"clip": None}))
 
 
 def test_flow_sampling_is_refused(comfy):

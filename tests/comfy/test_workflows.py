@@ -54,6 +54,7 @@ def test_every_node_is_documented(comfy):
         inputs = node["input"].get("required", {}) | node["input"].get("optional", {})
         assert all(spec[1].get("tooltip") for spec in inputs.values()), name
         assert all(node["output_tooltips"]), name
+        assert (node["display_name"], node["description"]) == (texts[name]["display_name"], texts[name]["description"])
         assert inputs.keys() == texts[name]["inputs"].keys()
         for key, spec in inputs.items():
             assert spec[1]["tooltip"] == texts[name]["inputs"][key]["tooltip"].replace("{'{}'}", "{}")

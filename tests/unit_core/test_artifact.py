@@ -205,6 +205,8 @@ def test_nan_on_disk(tmp_path):
         {"conceptkit": '{"format": 1, "version": 1}'},
         {"conceptkit": "[" * 100_000},
         {"conceptkit": '{"format": "test", "version": ' + "9" * 10_000 + "}"},
+        {"conceptkit": json.dumps(HEADER)[:-1] + ', "x": ' + "9" * 400 + "}"},
+        {"conceptkit": json.dumps(HEADER)[:-1] + ', "x": [-1e999]}'},
     ],
 )
 def test_strange_headers(tmp_path, metadata):

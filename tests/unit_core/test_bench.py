@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,11 @@ def measure(value: int, log: str = "") -> dict[str, Any]:
     if value < 0:
         raise ValueError("negative")
     return {"evals": value, "square": value**2}
+
+
+def measure_slowly(seconds: float) -> dict[str, Any]:
+    time.sleep(seconds)
+    return {"evals": 1, "square": seconds}
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,16 @@ def test_processes_change_nothing_but_the_memory_that_is_measured(tmp_path: Path
     assert [line for line in said if line.startswith("[3/3]") and "16" in line]
     peak = json.loads((tmp_path / f"{alone.key}.json").read_text())["result"]["peak_mb"]
     assert peak is None or 1 < peak < 4096
+
+
+def test_a_failure_does_not_lose_what_other_processes_measured(tmp_path: Path) -> None:
+    from conceptkit.tests.unit_core.test_bench import measure_slowly  # under the name by which other processes import it
+
+    jobs = {seconds: Job("sleeps", measure_slowly, {"seconds": seconds}, 1) for seconds in (-1.0, 1.0, 1.5, 2.0)}
+    with pytest.raises(ValueError, match="non-negative"):
+        frame.run(Tiny((jobs[1.0], jobs[-1.0], *(jobs[s] for s in (1.5, 2.0)))), tmp_path, processes=2, say=str)
+    kept = {path.stem for path in tmp_path.iterdir()}
+    assert jobs[1.0].key in kept and jobs[-1.0].key not in kept
 
 
 def test_shipped_baselines_are_read_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from conceptkit.core.decompose.states import States, distances, harvest
 from conceptkit.core.decompose.surrogate import Search, Surrogate, flat
 from conceptkit.core.decompose.text import PromptSpace
 from conceptkit.core.model import Conditioning, Meter, Model, NonFinite, OutOfMemory, Slot
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize, softmax
 
@@ -507,6 +510,53 @@ def test_a_gradient_too_large_for_memory_is_taken_in_parts() -> None:
     narrow.room = 0
     with pytest.raises(OutOfMemory, match="smaller pictures"):
         take_apart(Model("sd1", "analytic", text, narrow), "wab")  # type: ignore[arg-type]
+
+
+def test_a_text_encoder_short_of_memory_is_asked_for_less_at_once() -> None:
+    class Short(Text):
+        """Room for ``room`` prompts at once."""
+
+        room = 5
+
+        def encode(self, prompts: Sequence[str | Sequence[str | Slot]]) -> Conditioning:
+            encoded = super().encode(prompts)
+            if len(prompts) == 1 and len(encoded) > self.room:
+                raise torch.OutOfMemoryError
+            return encoded
+
+    def seen(text: Text) -> list[Tensor]:
+        mixture = Mixture.of(replace(world(), text=text), "a photo of a {}", {name: text.vocabulary[f"{name}</w>"] for name in NAMES})  # type: ignore[arg-type]
+        rows = torch.randn(30, TOKENS * WIDTH, generator=torch.Generator().manual_seed(2))
+        alpha = torch.full((WORDS,), 1 / WORDS)
+        found = []
+        for kept in (rows, rows[:5]):  # differentiated by columns, and by rows
+            surrogate = Surrogate(mixture, kept, torch.zeros(len(kept)))
+            found += [surrogate.residual(torch.eye(WORDS)), *surrogate.equations(alpha)]
+        return found
+
+    for less, whole in zip(seen(Short()), seen(Text()), strict=True):
+        assert torch.allclose(less, whole, rtol=1e-3, atol=1e-3)
+    Short.room = 0
+    with pytest.raises(OutOfMemory, match="a prompt in the text encoder does not fit"):
+        seen(Short())
+
+
+@pytest.mark.parametrize("count", [10**9, -1, True, "2", 3])
+def test_a_checkpoint_with_an_absurd_number_of_linearisations_is_refused(tmp_path: Path, count: object) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, total: int, metrics: object) -> None:
+        if step >= total // 3:
+            raise Stop
+
+    path = tmp_path / "run"
+    with pytest.raises(Stop):
+        take_apart(world(), "wab", checkpoint=path, on_step=stop)
+    tensors, header = load_file(path), json.loads(safe_open(path, "pt").metadata()["conceptkit"])
+    save_file(tensors, path, {"conceptkit": json.dumps(header | {"linearised": count})})
+    with pytest.raises(ArtifactError, match="make it again"):
+        take_apart(world(), "wab", checkpoint=path)
 
 
 def test_states_hold_what_the_sampler_saw_with_or_without_guidance() -> None:

@@ -366,6 +366,7 @@ def test_lines_that_do():
         (["circle -> \u20e3"], {}, "does not know the replacement"),
         (["circle", " "], {}, "names no concept"),
         (["circle"], {"keep": [""]}, "keep list"),
+        (["circle"], {"keep": ["car", "\u20e3"]}, "does not know the word to keep"),
         (["circle"], {"method": "magic"}, "choose one of conceptkit"),
         (["circle"], {"method": "uce-2025", "hard": True}, "turn hard off"),
         (["circle"], {"strength": float("nan")}, "give a number"),
@@ -456,6 +457,15 @@ junk = (
     | st.text(max_size=4)
     | st.lists(st.integers(), max_size=3)
 )
+
+
+@pytest.mark.parametrize("strength", ["much", True, None])
+def test_a_strength_that_is_no_number_is_refused(tmp_path, strength):
+    path = tmp_path / "edit.safetensors"
+    random_edit().save(path)
+    rewritten(path, lambda header: header["settings"].__setitem__("strength", strength))
+    with pytest.raises(ArtifactError, match="make it again"):
+        ContextEdit.load(path)
 
 
 @given(key=st.sampled_from(KEYS), value=junk | st.dictionaries(st.text(max_size=3), junk, max_size=2))

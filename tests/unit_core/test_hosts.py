@@ -453,6 +453,28 @@ def header() -> dict[str, object]:
     return {"format": "conceptkit-demo", "version": 1, "unet": UNET, "text": TEXT, "autoencoder": AUTOENCODER, "scorer": {"width": 96}}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheduler": {"num_train_timesteps": 10**15, "beta_schedule": "scaled_linear"}},
+        {"scheduler": {"num_train_timesteps": 1000, "beta_start": None}},
+        {"scheduler": {"num_train_timesteps": [1000]}},
+        {"scheduler": {"num_train_timesteps": 3, "trained_betas": "many"}},
+        {"scheduler": [1000]},
+        {"words": 5},
+        {"words": [1, None]},
+        {"unet": {**UNET, "attention_head_dim": 0}},
+    ],
+    ids=str,
+)
+def test_a_single_file_with_a_hostile_header_is_refused(single: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(single), path, metadata={"conceptkit": json.dumps(header() | change)})
+    with pytest.raises(ValueError, match=r"fetch|export") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_single_file(single: Path) -> None:
     """The demo's layout: every part works, and equals the networks it was made from."""
     state = torch.get_rng_state()

@@ -87,6 +87,8 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(found: Decomposition, tmp_p
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "bird.safetensors").read_bytes()
     found.save(tmp_path / "again")
+    replace(found, versions={"torch": "another"}, model="elsewhere").save(tmp_path / "again")  # equal, and made by another version
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "bird.safetensors").read_bytes()
     with pytest.raises(ArtifactError, match="other content"):
         replace(found, concept="cat").save(tmp_path / "again")
 

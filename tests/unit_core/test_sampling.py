@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conceptkit.core.model import Conditioning, Model, NonFinite, UnsupportedModel
+from conceptkit.core.model import Conditioning, Model, NonFinite, OutOfMemory, UnsupportedModel
 from conceptkit.core.sampling import draw, initial_noise, sample, schedule
 from torch import Tensor
 
@@ -34,6 +35,18 @@ def model(denoiser: object | None = None) -> Model:
 
 def mean(value: float) -> Conditioning:
     return Conditioning(torch.full((1, 3, 4), value))
+
+
+class Room:
+    """An autoencoder with room for ``pictures`` at once."""
+
+    def __init__(self, pictures: int) -> None:
+        self.pictures = pictures
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if len(latents) > self.pictures:
+            raise torch.OutOfMemoryError
+        return latents.repeat_interleave(8, -1).repeat_interleave(8, -2)[:, :1].expand(-1, 3, -1, -1).sigmoid()
 
 
 NOISE = initial_noise([3, 4], 2, 4, 4)
@@ -164,3 +177,13 @@ def test_a_picture_depends_on_its_own_row_and_seed_however_many_are_drawn_at_onc
     torch.testing.assert_close(pictures[1], decode(expected)[0].clamp(0, 1))
     with pytest.raises(UnsupportedModel, match="connect the VAE"):
         draw(model(), mean(0.5), None, [0], height=16, width=16, steps=1, guidance=1)
+
+
+def test_pictures_too_large_for_memory_are_decoded_in_parts() -> None:
+    def drawn(room: int) -> Tensor:
+        kept = replace(model(), autoencoder=Room(room))  # type: ignore[arg-type]
+        return draw(kept, mean(0.3), None, [1, 2, 3, 4, 5], height=32, width=32, steps=2, guidance=1.0)
+
+    assert torch.equal(drawn(2), drawn(5)) and torch.equal(drawn(1), drawn(5))
+    with pytest.raises(OutOfMemory, match="a picture of 32x32 does not fit"):
+        drawn(0)

@@ -101,6 +101,12 @@ def identity(pack, wired):
     return {"identity": found, "seconds": time.perf_counter() - start}
 
 
+def decomposed(pack, wired):
+    """What Decompose Concept makes of the wires, with its defaults."""
+    given = {"concept": "bird", "template": "a photo of a {}", "words": 3, "seed": 0, "size": 0}
+    pack("nodes.decompose").DecomposeConcept.execute(wired["model"], wired["clip"], **given)
+
+
 def other_clip(pack, wired):
     """Read a decomposition with another model's CLIP."""
     pack("nodes.decompose").conditioning(wired["decomposition"], narrow_clip(pack))
