@@ -535,7 +535,7 @@ def test_a_text_encoder_short_of_memory_is_asked_for_less_at_once() -> None:
         return found
 
     for less, whole in zip(seen(Short()), seen(Text()), strict=True):
-        assert torch.allclose(less, whole, rtol=1e-3, atol=1e-3)
+        assert (less - whole).norm() < 1e-3 * whole.norm()  # differences in float32
     Short.room = 0
     with pytest.raises(OutOfMemory, match="a prompt in the text encoder does not fit"):
         seen(Short())
