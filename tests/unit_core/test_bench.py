@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from conceptkit.core.bench.frame import Bar, Job
 from conceptkit.core.decompose import Decomposition
 from conceptkit.core.demo.world import second_world, shapes_world
 from conceptkit.core.hosts.diffusers import load_model
+from conceptkit.tests.unit_core.measures import slowly
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,11 +30,6 @@ def measure(value: int, log: str = "") -> dict[str, Any]:
     if value < 0:
         raise ValueError("negative")
     return {"evals": value, "square": value**2}
-
-
-def measure_slowly(seconds: float) -> dict[str, Any]:
-    time.sleep(seconds)
-    return {"evals": 1, "square": seconds}
 
 
 @dataclass(frozen=True)
@@ -107,13 +102,10 @@ def test_processes_change_nothing_but_the_memory_that_is_measured(tmp_path: Path
 
 
 def test_a_failure_does_not_lose_what_other_processes_measured(tmp_path: Path) -> None:
-    from conceptkit.tests.unit_core.test_bench import measure_slowly  # under the name by which other processes import it
-
-    jobs = {seconds: Job("sleeps", measure_slowly, {"seconds": seconds}, 1) for seconds in (-1.0, 1.0, 1.5, 2.0)}
+    wrong, slow = (Job("sleeps", slowly, {"seconds": seconds}, 1) for seconds in (-1.0, 1.0))
     with pytest.raises(ValueError, match="non-negative"):
-        frame.run(Tiny((jobs[1.0], jobs[-1.0], *(jobs[s] for s in (1.5, 2.0)))), tmp_path, processes=2, say=str)
-    kept = {path.stem for path in tmp_path.iterdir()}
-    assert jobs[1.0].key in kept and jobs[-1.0].key not in kept
+        frame.run(Tiny((wrong, slow)), tmp_path, processes=2, say=str)
+    assert [path.stem for path in tmp_path.iterdir()] == [slow.key]
 
 
 def test_shipped_baselines_are_read_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
