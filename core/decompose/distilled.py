@@ -1,16 +1,15 @@
 """Distilled decomposition: the weighted words under which the model predicts what it predicts for the concept itself.
 
 The target is the model's own prediction with the concept's prompt, at the states its sampler passed through, so the loss
-sum_s ||eps(x_s, alpha) - eps(x_s, concept)||^2 carries no noise and vanishes wherever the words say the same as the concept.
+sum_s ||eps(x_s, alpha) - eps(x_s, concept)||^2 carries no noise and vanishes wherever the words say the same as the concept. Three splits of
+the sampled images keep apart what fits (``pictures``), what chooses (``validation``) and what is reported (``heldout``).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,29 +19,24 @@ from torch.nn.functional import normalize
 
 from ..artifact import ArtifactError, Header, Spec, content_hash, read, write
 from ..model import Conditioning, OutOfMemory
-from .fidelity import explained, measure, picture_seeds, sampled_states
-from .mixture import Mixture
-from .result import RELIABLE_R2, Attempt, Decomposition
+from .fidelity import explained, fidelity, importance, picture_seeds, sampled_states
+from .mixture import Mixture, top_k
+from .result import RELIABLE_R2, Attempt, Decomposition, fill
+from .search import Evidence, Search, padded, words_of
+from .shown import Shown, show
 from .sparse import small_nnls
 from .states import States, distances
-from .surrogate import Surrogate, find, flat, strongest, with_gauge
+from .surrogate import Surrogate, fix_scale, flat, on_support
 from .task import Tally, Task
-from .text import PromptSpace, prompt_space, text_code
+from .text import prompt_space, shortlist, text_codes
 
 logger = logging.getLogger(__name__)
 
+import os
+TRACE = os.environ.get("TRACE")
+PLENTY = 0.95
 ENOUGH = 0.9
-"""R2 on the judged states at which no other way is tried."""
-_PULLS = (2.0, 1.0, 0.5, 0.25)
-_PREDICTION_WEIGHT, _EMBEDDING_WEIGHT, _FLOOR = 12.0, 64.0, 1e-3
-_WIDE = (1, 2)
-"""How many times more words than wanted the sets have that the search starts from."""
-_DESCENT = 15
-"""Steps over all words at once to another start: few enough that the words that are alike lead, not those that make up for each other."""
-_NEAR, _PLENTY, _ALIKE = 0.1, 0.95, 0.01
-"""How far below the best R2 a finalist's may be by the linearised model; the judged R2 beyond which more counts only as evidence, and the
-loss that counts as none."""
-_SIMPLE = "one word, or the text alone"
+"""Validation R2 at which the model is not linearised anew."""
 _CHECKPOINT = "conceptkit-distilled-checkpoint"
 
 
@@ -50,29 +44,41 @@ _CHECKPOINT = "conceptkit-distilled-checkpoint"
 class Settings:
     """How much is spent, in states and samples.
 
-    pictures, heldout: sampled for the fit and for measuring, 2 evals a step; steps, guidance: the sampler's. rows: random projections
-    that linearise the model at the concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself compares, on
-    ``judged`` states. refined: states of the Gauss-Newton step on the chosen weights. again: how often the model is linearised anew, at
-    the best words so far and with half as many rows, where these explain too little.
+    pictures, validation, heldout: sampled for the fit, for choosing and for measuring, 2 evals a step; steps, guidance: the sampler's.
+    shortlist: words that are looked at by themselves, at ``looked`` states. rows: random projections that linearise the model at the
+    concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself compares on ``judged`` states. refined: states
+    of the Gauss-Newton step on the chosen weights. again: how often the model is linearised anew, at the best words so far and with half as
+    many rows, where these explain too little. embedding: of how many independent numbers a token's embedding counts as evidence.
     """
 
-    pictures: int = 8
+    pictures: int = 6
+    validation: int = 3
     heldout: int = 3
     steps: int = 10
     guidance: float = 4.0
-    rows: int = 144
+    searched: int = 256
+    shortlist: int = 40
+    looked: int = 12
+    rows: int = 96
     batch: int = 8
-    finalists: int = 5
+    finalists: int = 3
     judged: int = 24
     refined: int = 6
     again: int = 1
+    predictions: float = 12
+    shown: float = 24
+    embedding: float = 96
+    filling: float = 96
+    floor: float = 0.01
 
 
 BUDGETS: Mapping[str, Settings] = MappingProxyType(
     {
-        "fast": Settings(pictures=4, heldout=2, steps=8, rows=96, finalists=3, judged=10, refined=5, again=0),
+        "fast": Settings(pictures=4, validation=2, heldout=2, steps=8, shortlist=24, looked=8, rows=64, finalists=3, judged=12, again=0),
         "default": Settings(),
-        "thorough": Settings(pictures=16, heldout=4, steps=16, rows=400, finalists=8, judged=48, refined=16, again=2),
+        "thorough": Settings(
+            pictures=12, validation=6, heldout=6, steps=16, shortlist=80, looked=24, rows=240, finalists=8, judged=48, refined=16, again=2
+        ),
     }
 )
 """What may be spent, by name."""
@@ -81,26 +87,10 @@ BUDGETS: Mapping[str, Settings] = MappingProxyType(
 def decompose_distilled(task: Task) -> Decomposition:
     """Take the task's concept apart by matching the model's own predictions for it; ``Decomposition.r2`` says how far that got.
 
-    With ``task.checkpoint``, what was paid for is kept there, and a stopped run goes on from it to the result it would have had; the file
-    goes when the result is there. Raises ArtifactError for a checkpoint of other inputs, ValueError for a concept that the model ignores.
+    With ``task.checkpoint``, intermediate results are saved there; an interrupted run resumes and gives the identical result, after which the
+    file is deleted. Raises ArtifactError for a checkpoint of other inputs, ValueError for a concept that the model ignores.
     """
     return _Fit(task, task.choose(BUDGETS)).run()
-
-
-def evidence(missed: float, cosine: float, surprise: float, candidates: int, width: int) -> float:
-    """How well some out of ``candidates`` words account for a concept, in nats; only differences mean anything.
-
-    missed: 1 - R2. cosine: between the mixture and the concept's own embedding of ``width`` numbers, 0 if unknown. Likelihoods of Gaussian
-    errors of unknown size, as of 12 independent numbers that the predictions and 64 that the embedding contribute, less ``surprise``, what
-    it takes to name the words: a word must pay for itself, and where predictions hardly tell two sets apart, the embedding does,
-    by what exceeds the squared cosine 2 log(candidates) / width that the best of as many random directions has.
-    """
-    beyond_chance = max(0.0, min(cosine, 1.0) ** 2 - 2 * math.log(candidates) / width)
-    return (
-        -0.5 * _PREDICTION_WEIGHT * math.log(max(missed, 0.0) + _FLOOR)
-        - 0.5 * _EMBEDDING_WEIGHT * math.log(1 - beyond_chance + _FLOOR)
-        - surprise
-    )
 
 
 @dataclass
@@ -108,6 +98,7 @@ class _Progress:
     """What has been paid for: everything that the continuation depends on."""
 
     states: States | None = None
+    shown: Shown | None = None
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     attempts: list[tuple[str, float]] = field(default_factory=list)
     alphas: list[Tensor] = field(default_factory=list)
@@ -126,79 +117,72 @@ class _Fit:
 
     def __init__(self, task: Task, options: Settings) -> None:
         self.task, self.model, self.options = task, task.model, options
-        self.mixture = Mixture.of(task.model, task.template, task.pool)
+        images = options.pictures + options.validation + options.heldout
+        self.seeds = picture_seeds(self._generator(0), images)
+        self.space = prompt_space(task)
+        self.codes = text_codes(task, self.space, 2 * task.words)
+        chosen = shortlist(task, self.space, max(options.searched, 2 * task.words))
+        chosen = list(dict.fromkeys([*chosen, *(i for code in self.codes for i in words_of(code))]))
+        self.mixture = Mixture.of(task.model, task.template, task.pool).choose(torch.tensor(chosen))
+        self.codes = [code[chosen] for code in self.codes]
         self.count = min(task.words, len(self.mixture))
-        self.seeds = picture_seeds(self._generator(0), options.pictures + options.heldout)
         self.token: Tensor | None = None
         if task.token is not None:
             self.token = torch.cat([normalize(task.token[name][0].cpu().double(), dim=0) for name in self.mixture.embeddings])
-        harvested = 2 * len(self.seeds) * options.steps
-        judging = options.judged * (options.finalists + 5) + options.refined * (self.count + 1)
-        self.planned = harvested + 3 * options.rows + judging + options.heldout * options.steps * (1 + self.count)
+        judging = options.judged * (options.finalists + 4) + options.refined * (self.count + 1)
+        measuring = options.steps * (options.validation * self.count + options.heldout)
+        self.planned = 2 * images * options.steps + options.looked * min(options.shortlist, len(self.mixture)) + 3 * options.rows + judging + measuring
         self.progress, evals, calls = self._resume()
         self.tally = Tally(task, self.planned, evals, calls)
 
     def run(self) -> Decomposition:
-        options, task, progress = self.options, self.task, self.progress
+        options, progress = self.options, self.progress
         if progress.states is None:
-            progress.states = sampled_states(task, self.seeds, options.steps, options.guidance, self.tally.report)
+            progress.states = sampled_states(self.task, self.seeds, options.steps, options.guidance, self.tally.report)
             self._save()
-        states = progress.states
-        fitted, heldout = states[states.picture < options.pictures], states[states.picture >= options.pictures]
-        judged = self._draw(fitted, options.judged, self._generator(1))
-        while (start := self._next()) is not None:
-            alpha = self._simple(judged) if start == _SIMPLE else self._searched(fitted, judged)
-            r2 = self._r2(judged, alpha)
-            progress.attempts.append((start, r2))
+        states, chooses = progress.states, options.pictures + options.validation
+        fitted = states[states.picture < options.pictures]
+        validation = states[(states.picture >= options.pictures) & (states.picture < chooses)]
+        if progress.shown is None:
+            looked = self._draw(fitted, options.looked, self._generator(50))
+            prompts = self.model.text.encode([fill(self.task.template, word) for word in self.mixture.words[: options.shortlist]])
+            progress.shown = show(self.model, prompts, looked.states, looked.weights, self.tally.report).extended(len(self.mixture))
+            self._save()
+        judged = self._draw(validation, options.judged, self._generator(1))
+        while not progress.attempts or (max(r2 for _, r2 in progress.attempts) < ENOUGH and len(progress.attempts) <= options.again):
+            alpha, r2 = self._searched(fitted, judged)
+            progress.attempts.append(("linearised again" if progress.attempts else "linearised", r2))
             progress.alphas.append(alpha)
             self._save()
-            if r2 < ENOUGH:
-                logger.info("%s: R2 %.3f with %d words", start, r2, int((alpha > 0).sum()))
-        return self._finish(heldout)
+        return self._finish(validation, states[states.picture >= chooses])
 
-    def _next(self) -> str | None:
-        """The way to try next, or None to stop: linearise anew while the best explains too little; lastly look at what needs no search."""
-        tried = self.progress.attempts
-        if not tried:
-            return "linearised"
-        best = max(r2 for _, r2 in tried)
-        if best >= ENOUGH or tried[-1][0] == _SIMPLE:
-            return None
-        if len(tried) <= self.options.again:
-            return "linearised again"
-        return _SIMPLE if best < RELIABLE_R2 else None
-
-    def _finish(self, heldout: States) -> Decomposition:
+    def _finish(self, validation: States, heldout: States) -> Decomposition:
         options, task, attempts = self.options, self.task, self.progress.attempts
-        ranked = sorted(range(len(attempts)), key=lambda i: -attempts[i][1])
-        kept = ranked[0]
-        if attempts[kept][1] < RELIABLE_R2:  # poor on the states fitted: then pictures not fitted decide
-            unseen = _Sample(heldout, torch.ones(len(heldout), device=heldout.x.device))
-            kept = max(ranked, key=lambda i: self._r2(unseen, self.progress.alphas[i]))
-        weights = self.progress.alphas[kept]
-        order = weights.argsort(descending=True, stable=True)[: int((weights > 0).sum())]
-        chosen, alpha = self.mixture.choose(order), weights[order] / weights.sum()
-        fidelity, importance = measure(chosen, alpha, heldout, self.tally.report)
+        kept = max(range(len(attempts)), key=lambda i: attempts[i][1])
+        alpha = self.progress.alphas[kept]
+        chosen, alpha = self.mixture.choose(alpha.nonzero()[:, 0]), alpha[alpha > 0]
+        lost = importance(chosen, validation, self.tally.report)
+        measured = fidelity(chosen, alpha, heldout, self.tally.report)
         evals, calls = self.tally.evals, self.tally.calls
         if task.checkpoint is not None:
             task.checkpoint.unlink(missing_ok=True)
-        self.tally.finish({"r2": fidelity.heldout})
+        self.tally.finish({"r2": measured.heldout})
         return Decomposition(
             concept=task.name,
             template=chosen.template,
             words=chosen.words,
             ids=chosen.ids,
-            alpha=alpha,
-            importance=importance,
-            fidelity=replace(fidelity, fitted=attempts[kept][1]),
+            alpha=alpha / alpha.sum(),
+            importance=lost,
+            fidelity=replace(measured, fitted=attempts[kept][1]),
             embeddings=chosen.embeddings,
             norms=chosen.norms,
             method="distilled",
             seed=task.seed,
-            seeds=tuple(self.seeds[: options.pictures]),
-            heldout_seeds=tuple(self.seeds[options.pictures :]),
+            seeds=tuple(self.seeds[: options.pictures + options.validation]),
+            heldout_seeds=tuple(self.seeds[options.pictures + options.validation :]),
             settings={name: float(value) for name, value in vars(options).items()},
-            candidates=len(self.mixture),
+            candidates=len(task.pool),
             attempts=tuple(Attempt(start, r2, kept=i == kept) for i, (start, r2) in enumerate(attempts)),
             evals=evals,
             calls=calls,
@@ -222,67 +206,70 @@ class _Fit:
         device = states.x.device
         return _Sample(states[picked.to(device)], (count * chance[picked]).clamp_max(1).reciprocal().to(device))
 
-    def _searched(self, fitted: States, judged: _Sample) -> Tensor:
-        """The best weights under the model linearised at the concept, and at the best words of every attempt before this one."""
-        progress, known = self.progress, len(self.progress.alphas)
+    def _searched(self, fitted: States, judged: _Sample) -> tuple[Tensor, float]:
+        """The best weights under the model linearised at the concept, and at the best words of every attempt before, with their R2."""
+        progress, known, options = self.progress, len(self.progress.alphas), self.options
         while len(progress.rows) <= known:
             at = self.task.teacher
             if progress.rows:
                 with torch.no_grad():
                     at = self.mixture.encode(progress.alphas[len(progress.rows) - 1][None])
-            count = self.options.rows if not progress.rows else self.options.rows // 2
+            count = options.rows if not progress.rows else options.rows // 2
             progress.rows.append(self._rows(fitted, at, count, self._generator(2 + len(progress.rows))))
             self._save()
         rows, offsets = (torch.cat(parts) for parts in zip(*progress.rows, strict=True))
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
-        near = progress.alphas or [text_code(self.task)]
-        together = surrogate.descend(_DESCENT, self._pulse)
-        starts = [*self._codes, *(strongest(together, wide * self.count) for wide in _WIDE), *progress.alphas]
-        found = find(surrogate, starts, near, self.count, _PULLS, partial(self._evidence, surrogate), self._pulse)
-        scores = surrogate.r2(found)
-        plausible = scores >= scores.max() - _NEAR
-        found, scores = found[plausible], scores[plausible]
-        likely = self._evidence(surrogate, found, scores).argsort(descending=True, stable=True)[: 3 * self.options.finalists]
-        found, scores = surrogate.polish(found[likely])
-        discord = surrogate.discord(found)
-        chosen = self._finalists(self._evidence(surrogate, found, scores, discord), (found > 0).sum(1))
-        finalists, reached = found[chosen], self._judge(judged, found[chosen])
-        best = self._best(self._evidence(surrogate, finalists, reached, discord[chosen]), reached)
-        return self._refine(fitted, judged, finalists[best])
+        assert progress.shown is not None
+        shown, found = progress.shown, {}
+        evidence = self._evidence()
+        mixed = Search(surrogate, shown, replace(evidence, shown=0), self.count, self._pulse, found)
+        mixed.add(top_k(code, size) for code in self.codes for size in range(1, min(self.count, len(words_of(code))) + 1))
+        for code in self.codes:
+            mixed.thin(code)
+        mixed.add(progress.alphas)
+        mixed.run()
+        drawn = Search(surrogate, shown, replace(evidence, embedding=0), self.count, self._pulse, found)
+        drawn.add(self._shown_first(shown))
+        drawn.run()
+        finalists = list(dict.fromkeys([*drawn.best(1), *mixed.best(options.finalists - 1)]))
+        alphas = torch.stack([found[words][0] for words in finalists])
+        r2 = self._judge(judged, alphas)
+        sizes = torch.tensor([len(words) for words in finalists])
+        scores = evidence(r2, shown.r2(padded(finalists)), surrogate.cosine(alphas), sizes)
+        best = int(scores.argmax())
+        if TRACE:
+            for i, ws in enumerate(finalists): print("     ", "*" if i == best else " ", [self.mixture.words[j] for j in ws], f"E {scores[i]:.2f} r2 {r2[i]:.3f} sur {found[ws][1]:.3f} shown {float(shown.r2(torch.tensor([ws]))):.3f} cos2 {float(surrogate.cosine(alphas[i:i+1]))**2:.3f}")
+        alpha, reached = alphas[best], float(r2[best])
+        if reached < PLENTY and len(finalists[best]) < self.count:
+            kept = finalists[best] if float(shown.r2(torch.tensor([finalists[best]]))) >= 0.5 else ()
+            filled = Search(surrogate, shown, replace(evidence, shown=0, embedding=0, predictions=options.filling), self.count, self._pulse, found, kept)
+            filled.run()
+            fuller = [words for words in filled.best(2) if words != finalists[best]]
+            if fuller:
+                others = torch.stack([found[words][0] for words in fuller])
+                scores = self._judge(judged, others)
+                if TRACE:
+                    for i, ws in enumerate(fuller): print("      fill", [self.mixture.words[j] for j in ws], f"r2 {scores[i]:.3f} sur {found[ws][1]:.3f}")
+                if float(scores.max()) > reached:
+                    alpha, reached = others[int(scores.argmax())], float(scores.max())
+        return self._refine(fitted, judged, alpha, reached)
 
-    @cached_property
-    def _prompts(self) -> PromptSpace:
-        return prompt_space(self.task)
+    def _evidence(self) -> Evidence:
+        options, width = self.options, sum(table.shape[1] for table in self.mixture.embeddings.values())
+        return Evidence(options.predictions, options.shown, options.embedding if self.token is not None else 0, len(self.mixture), width, options.floor)
 
-    @cached_property
-    def _codes(self) -> list[Tensor]:
-        """What the encoded prompts add up to: of as many words as wanted, and of more."""
-        return [self._prompts.code(wide * self.count) for wide in _WIDE]
-
-    @cached_property
-    def _surprise(self) -> Tensor:
-        return self._prompts.surprise(self.count)
-
-    def _finalists(self, evidences: Tensor, sizes: Tensor) -> list[int]:
-        """Which the model is to compare: the best of every number of words, then the next best."""
-        ranked: list[int] = evidences.argsort(descending=True, stable=True).tolist()
-        first = {int(sizes[i]): i for i in reversed(ranked)}
-        chosen = [i for i in ranked if i in first.values()]
-        return [*chosen, *(i for i in ranked if i not in chosen)][: self.options.finalists]
-
-    def _best(self, evidences: Tensor, r2: Tensor) -> int:
-        """The most evident of those that explain plenty, or as much as any."""
-        enough = min(_PLENTY, float(r2.max()) - _ALIKE)
-        return int(evidences.masked_fill(r2 < enough, -math.inf).argmax())
-
-    def _evidence(self, surrogate: Surrogate, alphas: Tensor, r2: Tensor, discord: Tensor | None = None) -> Tensor:
-        """`evidence` of each row of alphas, less what its shares say wrongly about which words matter."""
-        surprises = ((alphas > 0).double() @ self._surprise).tolist()
-        candidates, width = len(self.mixture), sum(rows.shape[1] for rows in self.mixture.embeddings.values())
-        given = zip(r2.tolist(), surrogate.cosine(alphas).tolist(), surprises, strict=True)
-        scores = torch.tensor([evidence(1 - r, cosine, surprise, candidates, width) for r, cosine, surprise in given], dtype=torch.double)
-        return scores if discord is None else scores - _PREDICTION_WEIGHT * discord
+    def _shown_first(self, shown: Shown) -> list[Tensor]:
+        """Equal shares of the words that show most of the concept together, chosen one by one, of every number of words."""
+        chosen: list[int] = []
+        found = []
+        for _ in range(self.count):
+            rest = [i for i in range(len(self.mixture)) if i not in chosen]
+            chosen.append(rest[int(shown.r2(torch.tensor([[*chosen, i] for i in rest])).argmax())])
+            alpha = torch.zeros(len(self.mixture))
+            alpha[chosen] = 1 / len(chosen)
+            found.append(alpha)
+        return found
 
     def _rows(self, states: States, at: Conditioning, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The model linearised at a conditioning: rows (n, size) and offsets (n,) of a `Surrogate`, not yet scaled.
@@ -333,16 +320,13 @@ class _Fit:
             for index in range(len(alphas)):
                 scores.append(explained(distances(self.model, sample.states, _row(conditioning, index)), sample.states, sample.weights))
                 self.tally.report({"r2": scores[-1]})
-        return torch.tensor(scores)
+        return torch.tensor(scores, dtype=torch.double)
 
-    def _r2(self, sample: _Sample, alpha: Tensor) -> float:
-        return float(self._judge(sample, alpha[None])[0])
-
-    def _refine(self, fitted: States, judged: _Sample, alpha: Tensor, bump: float = 0.1) -> Tensor:
+    def _refine(self, fitted: States, judged: _Sample, alpha: Tensor, r2: float, bump: float = 0.1) -> tuple[Tensor, float]:
         """A Gauss-Newton step on the weights of the words in ``alpha``, with secants of the model as Jacobian and a line search."""
         support = alpha.nonzero()[:, 0]
         if len(support) < 2:
-            return alpha
+            return alpha, r2
         sample = self._draw(fitted, self.options.refined, self._generator(100 + len(self.progress.alphas)))
         states, scale = sample.states, (sample.weights.sqrt() / sample.states.sigma).view(-1, 1, 1, 1)
         probes = torch.cat([alpha[None], alpha + bump * torch.eye(len(alpha))[support]])
@@ -353,27 +337,11 @@ class _Fit:
                 x0 = self.model.denoise(states.x, states.sigma, _row(conditioning, index))
                 noise.append(((x0 - states.teacher) * scale).flatten().cpu().double())
                 self.tally.report()
-        solution = small_nnls(*with_gauge((torch.stack(noise[1:]) - noise[0]).T / bump, noise[0], alpha[support])).float()
-        if not float(solution.sum()) > 0:
-            return alpha
-        goal = torch.zeros_like(alpha)
-        goal[support] = solution / solution.sum()
-        lines = torch.stack([alpha, goal, 0.5 * alpha + 0.5 * goal])
-        return lines[int(self._judge(judged, lines).argmax())]
-
-    def _simple(self, judged: _Sample) -> Tensor:
-        """The best by the model itself of the codes by the text encoder alone, and the single words that the linearised model likes."""
-        rows, offsets = self.progress.rows[0]
-        empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
-        surrogate = Surrogate(self.mixture, rows / empty, offsets / empty)
-        words, scores = torch.eye(len(self.mixture)), []
-        for part in words.split(64):
-            self._pulse()
-            scores.append(surrogate.r2(part))
-        likely = torch.cat(scores)
-        single = words[likely.topk(min(self.options.finalists, len(words))).indices]
-        finalists = torch.cat([single, torch.stack([self._codes[0], text_code(self.task)])])
-        return finalists[int(self._judge(judged, finalists).argmax())]
+        goal = on_support(support, small_nnls(*fix_scale((torch.stack(noise[1:]) - noise[0]).T / bump, noise[0], alpha[support])), alpha)
+        lines = torch.stack([goal, 0.5 * alpha + 0.5 * goal])
+        scores = self._judge(judged, lines)
+        best = int(scores.argmax())
+        return (lines[best], float(scores[best])) if float(scores[best]) > r2 else (alpha, r2)
 
     def _pulse(self) -> None:
         """Lets a host interrupt, and progress be shown, where no evals are spent."""
@@ -403,14 +371,16 @@ class _Fit:
         if self.task.checkpoint is None:
             return
         progress = self.progress
-        tensors = {} if progress.states is None else {f"states.{name}": tensor for name, tensor in vars(progress.states).items()}
+        tensors = {} if progress.shown is None else {"shown": progress.shown.gram}
+        tensors |= {} if progress.states is None else {f"states.{name}": tensor for name, tensor in vars(progress.states).items()}
         for index, (rows, offsets) in enumerate(progress.rows):
             tensors |= {f"rows.{index}": rows, f"offsets.{index}": offsets}
         tensors |= {f"alpha.{index}": alpha for index, alpha in enumerate(progress.alphas)}
         header: Header = {
             "format": _CHECKPOINT,
-            "version": 1,
+            "version": 2,
             "key": self._key(),
+            "shown": progress.shown is not None,
             "linearised": len(progress.rows),
             "attempts": progress.attempts,
             "evals": self.tally.evals,
@@ -422,7 +392,7 @@ class _Fit:
         path = self.task.checkpoint
         if path is None or not path.exists():
             return _Progress(), 0, 0
-        tensors, header = read(path, _CHECKPOINT, 1, _layout)
+        tensors, header = read(path, _CHECKPOINT, 2, _layout)
         if header["key"] != self._key():
             raise ArtifactError(f"{path} belongs to another decomposition: choose another checkpoint file, or delete it to start afresh")
         states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in _STATES})
@@ -430,7 +400,8 @@ class _Fit:
         rows = [(tensors[f"rows.{i}"].to(at), tensors[f"offsets.{i}"].to(at)) for i in range(header["linearised"])]
         attempts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
         alphas = [tensors[f"alpha.{i}"] for i in range(len(attempts))]
-        return _Progress(states, rows, attempts, alphas), int(header["evals"]), int(header["calls"])
+        shown = Shown(tensors["shown"]) if header["shown"] else None
+        return _Progress(states, shown, rows, attempts, alphas), int(header["evals"]), int(header["calls"])
 
 
 _STATES = ("x", "sigma", "teacher", "empty", "picture")
@@ -441,7 +412,8 @@ def _layout(header: Mapping[str, Any]) -> dict[str, Spec]:
     linearised, attempts = header["linearised"], len(header["attempts"])
     if type(linearised) is not int or not 0 <= linearised <= attempts + 1:
         raise ValueError(f"{linearised!r} linearisations do not go with {attempts} attempts")
-    layout: dict[str, Spec] = {f"states.{name}": latents for name in ("x", "teacher", "empty")}
+    layout: dict[str, Spec] = {"shown": (torch.float64, (None, None, None))} if header["shown"] is True else {}
+    layout |= {f"states.{name}": latents for name in ("x", "teacher", "empty")}
     layout |= {"states.sigma": (torch.float32, (None,)), "states.picture": (torch.int64, (None,))}
     for index in range(linearised):
         layout |= {f"rows.{index}": (torch.float32, (None, None)), f"offsets.{index}": (torch.float32, (None,))}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .mixture import Mixture
-from .result import Fidelity, LevelR2
+from .result import Fidelity, LevelR2, fill
+from .shown import show
 from .states import States, distances, harvest
 from .task import Task
 
@@ -62,22 +63,23 @@ def sampled_states(task: Task, seeds: Sequence[int], steps: int, guidance: float
 
 
 def measure(mixture: Mixture, alpha: Tensor, states: States, report: Callable[[], None]) -> tuple[Fidelity, tuple[float, ...]]:
-    """The fidelity of ``alpha`` (words,) on held-out ``states``, and the R2 lost without each word, the rest renormalised.
+    """`fidelity` and `importance` at the same states: 1 + words evals each. ``Fidelity.fitted`` and ``every_word`` are left to the caller."""
+    return fidelity(mixture, alpha, states, report), importance(mixture, states, report)
 
-    1 + words evals a state. ``Fidelity.fitted`` and ``every_word`` are left to the caller.
+
+def fidelity(mixture: Mixture, alpha: Tensor, states: States, report: Callable[[], None]) -> Fidelity:
+    """The fidelity of ``alpha`` (words,) on held-out ``states``: an eval each."""
+    with torch.no_grad():
+        distance = distances(mixture.model, states, mixture.encode(alpha[None]))
+    report()
+    return Fidelity(explained(distance, states), None, by_level(distance, states), None)
+
+
+def importance(mixture: Mixture, states: States, report: Callable[[], None]) -> tuple[float, ...]:
+    """Delta R2 of each word: what the words together show of the concept (`Shown.r2`) that they no longer show without it.
+
+    At every state the other words' weights are fitted anew. An eval a word and state.
     """
-
-    def at(weights: Tensor) -> Tensor:
-        with torch.no_grad():
-            found = distances(mixture.model, states, mixture.encode(weights[None]))
-        report()
-        return found
-
-    distance = at(alpha)
-    r2 = explained(distance, states)
-    importance = []
-    for index in range(len(alpha)):
-        without = alpha.clone()
-        without[index] = 0
-        importance.append(r2 - (explained(at(without), states) if len(alpha) > 1 else 0.0))
-    return Fidelity(r2, None, by_level(distance, states), None), tuple(importance)
+    with torch.no_grad():
+        prompts = mixture.model.text.encode([fill(mixture.template, word) for word in mixture.words])
+    return show(mixture.model, prompts, states, None, report).lost(range(len(mixture)))

@@ -115,6 +115,22 @@ class LeastSquares:
         return np.stack([self._grams[column] for column in columns])
 
 
+def nnls(gram: Tensor, moment: Tensor, sweeps: int = 60) -> Tensor:
+    """argmin x^T G x - 2 m^T x over x >= 0 for each of a batch, by cyclic coordinate descent. gram: (..., k, k); moment: (..., k); k small.
+
+    Columns of zeros get 0. At the minimum x^T G x = m^T x.
+    """
+    x, slope = torch.zeros_like(moment), -moment
+    size = gram.diagonal(dim1=-2, dim2=-1)
+    size = size.clamp_min(torch.finfo(size.dtype).tiny)
+    for _ in range(sweeps):
+        for column in range(moment.shape[-1]):
+            moved = (x[..., column] - slope[..., column] / size[..., column]).clamp_min(0)
+            slope = slope + gram[..., :, column] * (moved - x[..., column])[..., None]
+            x[..., column] = moved
+    return x
+
+
 def small_nnls(matrix: Tensor, target: Tensor) -> Tensor:
     """argmin ||matrix x - target||^2 over x >= 0 for a handful of columns, double."""
     columns, goal = matrix.double().numpy(), target.double().numpy()

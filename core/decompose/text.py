@@ -5,14 +5,13 @@ It asks the text encoder, not the model that draws: nothing is sampled to find t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize
 
 from ..model import Conditioning
 from ..vocabulary import STOP_WORDS, WORD_END, embeddings
@@ -21,11 +20,6 @@ from .mixture import Mixture
 from .result import Decomposition, fill
 from .sparse import PENALTIES, sparse_solutions
 from .task import Tally, Task
-
-_LEAST = 1e-9
-"""What a candidate that leaves the prompt as it is counts, so that no logarithm is infinite."""
-_DEVIATION = 1.4826
-"""A normal variable's standard deviation in medians of its absolute value."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +92,16 @@ def text_code(task: Task) -> Tensor:
     angle to the target is taken. The target of a concept of several tokens is the sum of their unit vectors, stop words left out: the
     mixture then holds words near each of them. Every text encoder counts alike. Costs no evals.
     """
+    return _nearest(task.words, *_token_space(task))
+
+
+def _token_space(task: Task) -> tuple[Tensor, Tensor]:
+    """The candidates' token embeddings (pool, width), in units of their mean length, and the concept's (width,), of all encoders."""
     own = _concept(task)
     pool = embeddings(task.model.text, list(task.pool.values()))
     scale = {name: float(rows.norm(dim=1).mean()) for name, rows in pool.items()}
     atoms = torch.cat([rows.cpu().double() / scale[name] for name, rows in pool.items()], dim=1)
-    target = torch.cat([normalize(own[name].cpu().double(), dim=1).sum(0) for name in pool])
-    return _nearest(task.words, atoms, target)
+    return atoms, torch.cat([normalize(own[name].cpu().double(), dim=1).sum(0) for name in pool])
 
 
 @dataclass(frozen=True)
@@ -121,19 +119,6 @@ class PromptSpace:
     def code(self, count: int) -> Tensor:
         """Weights (pool,) >= 0 with sum 1, at most ``count`` of them above 0, whose atoms add up to what is nearest to the target."""
         return _nearest(count, self.atoms, self.target)
-
-    def surprise(self, count: int) -> Tensor:
-        """Nats it takes to name each candidate, (pool,), where ``count`` words are wanted; the less, the likelier it is that it is meant.
-
-        What hardly moves the prompt is hardly meant: -log of a candidate's share in all squared lengths of atoms. What is strikingly like
-        the concept is expected, and that is taken off, down to 0: log(1 + count / pool * exp(z^2 / 2)), z being how far its cosine stands
-        out from all in robust standard deviations, so that what chance makes of so many says little.
-        """
-        effect = self.atoms.square().sum(1)
-        beyond = self.cosines - self.cosines.median()
-        z = (beyond / (_DEVIATION * beyond.abs().median() + _LEAST)).clamp_min(0)
-        kindred = softplus(z.square() / 2 - math.log(max(len(z) / count, 1.0)))
-        return (-(effect + _LEAST).log().log_softmax(0) - kindred).clamp_min(0)
 
 
 @torch.no_grad()
@@ -154,6 +139,19 @@ def prompt_space(task: Task, chunk: int = 64) -> PromptSpace:
     target = concept[0, start or 0 :][:2].flatten()
     cosines = normalize(shown - shown.mean(0), dim=1) @ normalize(target - shown.mean(0), dim=0)
     return PromptSpace(atoms - atoms.mean(0), (_means(task.teacher) - atoms.mean(0))[0], cosines)
+
+
+def text_codes(task: Task, space: PromptSpace, count: int) -> list[Tensor]:
+    """The concept as ``count`` words by its token embeddings, and by its encoded prompt: weights (pool,)."""
+    return [_nearest(count, *_token_space(task)), space.code(count)]
+
+
+def shortlist(task: Task, space: PromptSpace, count: int) -> list[int]:
+    """The ``count`` candidates (indices of the pool) that the text encoder finds nearest to the concept, by prompt and by embedding in turns."""
+    atoms, target = _token_space(task)
+    nearest = [space.cosines, normalize(atoms, dim=1) @ normalize(target, dim=0)]
+    orders = [cosines.argsort(descending=True, stable=True).tolist() for cosines in nearest]
+    return list(dict.fromkeys(i for pair in zip(*orders, strict=True) for i in pair))[:count]
 
 
 def _means(conditioning: Conditioning) -> Tensor:

@@ -1,0 +1,148 @@
+"""Which few words account for a concept: a search over sets of words, one word exchanged, added or left out at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .shown import Shown
+from .sparse import nnls
+from .surrogate import Surrogate, on_support
+
+_POLISHED = 6
+"""How many of the sets one word away are looked at closely."""
+_SUMMITS = 6
+"""How many of the likeliest sets the search must have looked around at before it ends."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How well some words account for a concept, in nats; only differences mean anything.
+
+    Three things are known of a concept: what the model predicts for it (``predictions``, of the mixture, and ``shown``, of what the words
+    show by themselves: images that tell independently) and where its embedding lies (``embedding`` independent numbers out of ``width``).
+    Each counts as the likelihood of Gaussian errors of unknown size, -n/2 log(unexplained), down to the share ``floor`` that its estimate is
+    wrong by; the embedding's counts by what exceeds the squared cosine 2 log(candidates) / width that chance gives the best of as many
+    directions. A word costs log(candidates), what it takes to name it.
+    """
+
+    predictions: float
+    shown: float
+    embedding: float
+    candidates: int
+    width: int
+    floor: float = 0.01
+
+    def __call__(self, r2: Tensor, shown: Tensor, cosine: Tensor, sizes: Tensor) -> Tensor:
+        """All (n,): R2 of the mixture, `Shown.r2` of its words, cosine with the concept's embedding (0 if unknown), numbers of words."""
+        beyond = cosine.clamp(0, 1).square()
+        return (
+            -0.5 * self.predictions * ((1 - r2).clamp_min(0) + self.floor).log()
+            - 0.5 * self.shown * ((1 - shown).clamp_min(0) + self.floor).log()
+            - 0.5 * self.embedding * (1 - beyond + self.floor).log()
+            - sizes * math.log(self.candidates)
+        )
+
+
+@dataclass
+class Search:
+    """Sets of at most ``count`` words that account for a concept. ``found`` maps each to its weights, (words,), and R2 by the surrogate.
+
+    ``pulse`` runs between steps; raising from it ends the search.
+    """
+
+    surrogate: Surrogate
+    shown: Shown
+    evidence: Evidence
+    count: int
+    pulse: Callable[[], None]
+    found: dict[tuple[int, ...], tuple[Tensor, float]] = field(default_factory=dict)
+    kept: tuple[int, ...] = ()
+
+    def add(self, alphas: Iterable[Tensor]) -> None:
+        """Polish those whose words are new, and keep them."""
+        fresh = {words_of(alpha): alpha for alpha in alphas if words_of(alpha) not in self.found}
+        if not fresh:
+            return
+        self.pulse()
+        polished, scores = self.surrogate.polish(torch.stack(list(fresh.values())))
+        for given, alpha, score in zip(fresh, polished, scores.tolist(), strict=True):
+            for words in {given, words_of(alpha)}:  # weights may have become 0
+                if words not in self.found or self.found[words][1] < score:
+                    self.found[words] = alpha, score
+
+    def thin(self, alpha: Tensor) -> None:
+        """Leave out one word after the other, the one without which the rest explain most, and keep what is small enough."""
+        alpha = self.surrogate.polish(alpha[None])[0][0]
+        while len(words := words_of(alpha)) > 1:
+            self.pulse()
+            fewer = alpha.repeat(len(words), 1)
+            fewer[range(len(words)), list(words)] = 0
+            likely = self.surrogate.r2(fewer).topk(min(2, len(words))).indices
+            polished, scores = self.surrogate.polish(fewer[likely] / fewer[likely].sum(1, keepdim=True))
+            alpha = polished[int(scores.argmax())]
+            if len(words_of(alpha)) <= self.count:
+                self.add([alpha])
+
+    def best(self, count: int) -> list[tuple[int, ...]]:
+        """The ``count`` likeliest sets found."""
+        likely = self.judged()
+        return sorted(likely, key=likely.__getitem__, reverse=True)[:count]
+
+    def judged(self) -> dict[tuple[int, ...], float]:
+        """The evidence of every set found that holds the words to keep."""
+        sets = [words for words in self.found if set(self.kept) <= set(words)]
+        alphas = torch.stack([self.found[words][0] for words in sets])
+        r2 = torch.tensor([self.found[words][1] for words in sets], dtype=torch.double)
+        return dict(zip(sets, self._weigh(sets, alphas, r2).tolist(), strict=True))
+
+    def run(self) -> None:
+        """From the likeliest sets found, exchange, add and leave out one word at a time for as long as that leads to likelier ones."""
+        done: set[tuple[int, ...]] = set()
+        while True:
+            likely = self.judged()
+            todo = [words for words in sorted(likely, key=likely.__getitem__)[-_SUMMITS:] if words not in done]
+            if not todo:
+                return
+            done.add(todo[-1])
+            self.pulse()
+            self.add(self._around(todo[-1]))
+
+    def _around(self, words: tuple[int, ...]) -> list[Tensor]:
+        """The likeliest of the sets one word away, by the surrogate linearised in the weights of all words at the present ones."""
+        alpha, every = self.found[words][0], range(len(self.surrogate.mixture))
+        fewer = [words[:i] + words[i + 1 :] for i in range(len(words)) if words[i] not in self.kept]
+        bases = fewer + [words] * (len(words) < self.count)
+        sets = {tuple(sorted((*base, word))) for base in bases for word in every if word not in words} | {base for base in fewer if base}
+        proposed = sorted(sets - self.found.keys())
+        if not proposed:
+            return []
+        matrix, target = self.surrogate.equations(alpha, torch.arange(len(alpha)))
+        index = padded(proposed)
+        here, chosen = index >= 0, index.clamp_min(0)
+        gram, moment = matrix.T @ matrix, matrix.T @ target
+        moments = moment[chosen] * here
+        weights = nnls(gram[chosen[:, :, None], chosen[:, None, :]] * (here[:, :, None] & here[:, None, :]), moments)
+        r2 = 1 - (target.square().sum() - (weights * moments).sum(1))
+        alphas = torch.stack([on_support(chosen[i][here[i]], weights[i][here[i]], alpha) for i in range(len(proposed))])
+        likely = self._weigh(proposed, alphas, r2)
+        return [alphas[i] for i in likely.argsort(descending=True, stable=True)[:_POLISHED]]
+
+    def _weigh(self, sets: list[tuple[int, ...]], alphas: Tensor, r2: Tensor) -> Tensor:
+        sizes = torch.tensor([len(words) for words in sets])
+        return self.evidence(r2, self.shown.r2(padded(sets)), self.surrogate.cosine(alphas), sizes)
+
+
+def padded(sets: list[tuple[int, ...]]) -> Tensor:
+    """Sets of indices as rows, (sets, largest), -1 where a set has fewer."""
+    size = max(map(len, sets))
+    return torch.tensor([[*words, *[-1] * (size - len(words))] for words in sets])
+
+
+def words_of(alpha: Tensor) -> tuple[int, ...]:
+    """The indices of the words that have weight."""
+    return tuple(alpha.nonzero()[:, 0].tolist())

@@ -1,0 +1,85 @@
+"""What words show by themselves: how much of a concept's effect on the model's predictions the words' own effects add up to.
+
+At a state x_s of the concept's sampling, a word's effect is d_w(s) = eps(x_s, word) - eps(x_s, empty), and the concept's d_c(s) likewise. A
+denoiser that may draw any of several things predicts the mean of what each alone predicts, weighted by how likely each is at this state
+(Tweedie's formula for a mixture), and attributes that hold together add up. Both are non-negative combinations with weights of each state's own:
+
+    shown(W) = 1 - sum_s min_{b >= 0} ||d_c(s) - sum_{w in W} b_w d_w(s)||^2 / sum_s ||d_c(s)||^2.
+
+An exemplar that is drawn now and then raises it by what no other word shows; a word that only bends a mixture of embeddings does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model import Conditioning, Model
+from .sparse import nnls
+from .states import States
+
+_PART = 16
+"""States a call."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """gram: (states, words + 1, words + 1), double, CPU: inner products of the words' effects and, last, the concept's at each state."""
+
+    gram: Tensor
+
+    def r2(self, sets: Tensor) -> Tensor:
+        """shown(W) for each row of sets (n, size), indices of words, -1 where a set has fewer: (n,)."""
+        if not len(sets) or not sets.shape[1]:
+            return torch.zeros(len(sets), dtype=torch.double)
+        here = sets >= 0
+        index = sets.clamp_min(0)
+        both = here[:, :, None] & here[:, None, :]
+        grams = self.gram[:, index[:, :, None], index[:, None, :]] * both
+        moments = self.gram[:, index, -1] * here
+        left = self.gram[:, -1, -1].sum() - (nnls(grams, moments) * moments).sum((0, 2))
+        return 1 - left / self.gram[:, -1, -1].sum()
+
+    def lost(self, words: Sequence[int]) -> tuple[float, ...]:
+        """What shown(W) loses when each of the words is left out and the others' weights are fitted anew, 0 or more each."""
+        rest = [[*words[:i], *words[i + 1 :], -1] for i in range(len(words))]
+        r2 = self.r2(torch.tensor([list(words), *rest]))
+        return tuple((r2[0] - r2[1:]).clamp_min(0).tolist())
+
+    def choose(self, words: Sequence[int]) -> Shown:
+        """The same of some of the words, in the order given."""
+        kept = torch.tensor([*words, self.gram.shape[1] - 1])
+        return Shown(self.gram[:, kept[:, None], kept])
+
+
+    def extended(self, words: int) -> Shown:
+        """With words that were not looked at, and so show nothing, up to ``words`` of them."""
+        known = self.gram.shape[1] - 1
+        gram = self.gram.new_zeros(len(self.gram), words + 1, words + 1)
+        kept = torch.tensor([*range(known), words])
+        gram[:, kept[:, None], kept] = self.gram
+        return Shown(gram)
+
+
+@torch.no_grad()
+def show(model: Model, prompts: Conditioning, states: States, weights: Tensor | None, report: Callable[[], None]) -> Shown:
+    """The effects of each of ``prompts`` (words, ...) at ``states``: words * states evals.
+
+    weights: (states,), what each state stands for, 1 by default. ``report`` runs after each state, between which nothing is kept but products.
+    """
+    grams = []
+    for index in range(len(states)):
+        state, effects = states[index : index + 1], []
+        for first in range(0, len(prompts), _PART):
+            part = prompts.map(lambda tensor, first=first: tensor[first : first + _PART])  # type: ignore[misc]
+            size = len(part)
+            x0 = model.denoise(state.x.expand(size, -1, -1, -1), state.sigma.expand(size), part)
+            effects.append(((x0 - state.empty) / state.sigma.view(-1, 1, 1, 1)).flatten(1))
+        effects.append(((state.teacher - state.empty) / state.sigma.view(-1, 1, 1, 1)).flatten(1))
+        rows = torch.cat(effects).double().cpu()
+        grams.append(rows @ rows.T * (1.0 if weights is None else float(weights[index])))
+        report()
+    return Shown(torch.stack(grams))
