@@ -184,11 +184,13 @@ class CrossAttention(Protocol):
 class Meter:
     """Counts the cost of a run in the unit every result carries.
 
-    evals: samples x (1 for a forward, 3 for a forward and backward). calls: batched forwards.
+    evals: samples x (1 for a forward, 3 for a forward and backward). calls: batched forwards. prompts: encoded by the text encoder, where
+    a method does so by `Model.encode`.
     """
 
     evals: int = 0
     calls: int = 0
+    prompts: int = 0
 
     def count(self, samples: int, *, backward: bool) -> None:
         self.evals += samples * (3 if backward else 1)
@@ -212,6 +214,12 @@ class Model:
     meter: Meter = field(default_factory=Meter)
     cross_attention: CrossAttention | None = None
     """Access to the weights that read the text; None where a host has none to give."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """The prompts encoded, counted."""
+        encoded = self.text.encode(prompts)
+        self.meter.prompts += len(encoded)
+        return encoded
 
     def denoise(self, x: Tensor, sigma: Tensor | float, conditioning: Conditioning) -> Tensor:
         """x0 for a batch, counted, cancellable and checked.

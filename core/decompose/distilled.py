@@ -32,11 +32,16 @@ from .text import prompt_space, shortlist, text_codes
 
 logger = logging.getLogger(__name__)
 
-import os
-TRACE = os.environ.get("TRACE")
-PLENTY = 0.95
 ENOUGH = 0.9
-"""Validation R2 at which the model is not linearised anew."""
+"""Validation R2 from which the model is not linearised anew."""
+PLENTY = 0.95
+"""Validation R2 from which no word is sought that fills in."""
+TOLD = 0.5
+"""Share of a concept that words must show by themselves for others to fill in around them; below, any words are as good."""
+_EXPANSIONS = 24
+"""Sets that a search looks around at, about: for the progress bar alone."""
+_START = 6
+"""Words of the largest start from the text encoder: each further one rarely pays for being named."""
 _CHECKPOINT = "conceptkit-distilled-checkpoint"
 
 
@@ -44,11 +49,13 @@ _CHECKPOINT = "conceptkit-distilled-checkpoint"
 class Settings:
     """How much is spent, in states and samples.
 
-    pictures, validation, heldout: sampled for the fit, for choosing and for measuring, 2 evals a step; steps, guidance: the sampler's.
-    shortlist: words that are looked at by themselves, at ``looked`` states. rows: random projections that linearise the model at the
-    concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself compares on ``judged`` states. refined: states
-    of the Gauss-Newton step on the chosen weights. again: how often the model is linearised anew, at the best words so far and with half as
-    many rows, where these explain too little. embedding: of how many independent numbers a token's embedding counts as evidence.
+    pictures, validation, heldout: images sampled for the fit, for choosing and for measuring, 2 evals a step; steps, guidance: the sampler's.
+    shown: words whose own predictions are looked at, at ``looked`` states. searched: words that sets are made of. rows: random projections
+    that linearise the model at the concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself compares on
+    ``judged`` states. refined: states of the Gauss-Newton step on the chosen weights. again: how often the model is linearised anew, at the
+    best words so far and with a third as many rows, where these explain too little. The rest weighs the `Evidence`: measurements that the
+    predictions of a mixture, what words show by themselves and the token's embedding count as, the last at most; fills: measurements that
+    predictions count as where words only fill in.
     """
 
     pictures: int = 6
@@ -56,28 +63,27 @@ class Settings:
     heldout: int = 3
     steps: int = 10
     guidance: float = 4.0
-    searched: int = 256
-    shortlist: int = 40
+    shown: int = 32
     looked: int = 12
+    searched: int = 256
     rows: int = 96
     batch: int = 8
     finalists: int = 3
-    judged: int = 24
-    refined: int = 6
+    judged: int = 20
+    refined: int = 5
     again: int = 1
-    predictions: float = 12
-    shown: float = 24
-    embedding: float = 96
-    filling: float = 96
-    floor: float = 0.01
+    predictions_count: float = 12
+    shown_count: float = 24
+    embedding_count: float = 96
+    fills: float = 96
 
 
 BUDGETS: Mapping[str, Settings] = MappingProxyType(
     {
-        "fast": Settings(pictures=4, validation=2, heldout=2, steps=8, shortlist=24, looked=8, rows=64, finalists=3, judged=12, again=0),
+        "fast": Settings(pictures=4, validation=2, heldout=2, steps=8, shown=24, looked=8, rows=64, finalists=2, judged=12, again=0),
         "default": Settings(),
         "thorough": Settings(
-            pictures=12, validation=6, heldout=6, steps=16, shortlist=80, looked=24, rows=240, finalists=8, judged=48, refined=16, again=2
+            pictures=12, validation=6, heldout=6, steps=16, shown=80, looked=24, rows=240, finalists=6, judged=48, refined=16, again=2
         ),
     }
 )
@@ -119,21 +125,23 @@ class _Fit:
         self.task, self.model, self.options = task, task.model, options
         images = options.pictures + options.validation + options.heldout
         self.seeds = picture_seeds(self._generator(0), images)
-        self.space = prompt_space(task)
-        self.codes = text_codes(task, self.space, 2 * task.words)
-        chosen = shortlist(task, self.space, max(options.searched, 2 * task.words))
-        chosen = list(dict.fromkeys([*chosen, *(i for code in self.codes for i in words_of(code))]))
-        self.mixture = Mixture.of(task.model, task.template, task.pool).choose(torch.tensor(chosen))
-        self.codes = [code[chosen] for code in self.codes]
+        space = prompt_space(task)
+        pool = Mixture.of(task.model, task.template, task.pool)
+        codes = text_codes(task, space, min(task.words, _START))
+        chosen = shortlist(task, space, options.shown, max(options.searched, task.words))
+        chosen = list(dict.fromkeys([*chosen, *(i for code in codes for i in words_of(code))]))
+        self.mixture, self.codes = pool.choose(torch.tensor(chosen)), [code[chosen] for code in codes]
+        self.looked = min(options.shown, len(self.mixture))
         self.count = min(task.words, len(self.mixture))
         self.token: Tensor | None = None
         if task.token is not None:
             self.token = torch.cat([normalize(task.token[name][0].cpu().double(), dim=0) for name in self.mixture.embeddings])
-        judging = options.judged * (options.finalists + 4) + options.refined * (self.count + 1)
+        tried = options.judged * (options.finalists + 4) + options.refined * (self.count + 1)
         measuring = options.steps * (options.validation * self.count + options.heldout)
-        self.planned = 2 * images * options.steps + options.looked * min(options.shortlist, len(self.mixture)) + 3 * options.rows + judging + measuring
+        encoding = len(self.mixture) * _EXPANSIONS
+        self.planned = 2 * images * options.steps + options.looked * self.looked + 3 * options.rows + tried + measuring
         self.progress, evals, calls = self._resume()
-        self.tally = Tally(task, self.planned, evals, calls)
+        self.tally = Tally(task, self.planned, evals, calls, prompts=encoding)
 
     def run(self) -> Decomposition:
         options, progress = self.options, self.progress
@@ -145,7 +153,7 @@ class _Fit:
         validation = states[(states.picture >= options.pictures) & (states.picture < chooses)]
         if progress.shown is None:
             looked = self._draw(fitted, options.looked, self._generator(50))
-            prompts = self.model.text.encode([fill(self.task.template, word) for word in self.mixture.words[: options.shortlist]])
+            prompts = self.model.encode([fill(self.task.template, word) for word in self.mixture.words[: self.looked]])
             progress.shown = show(self.model, prompts, looked.states, looked.weights, self.tally.report).extended(len(self.mixture))
             self._save()
         judged = self._draw(validation, options.judged, self._generator(1))
@@ -214,62 +222,50 @@ class _Fit:
             if progress.rows:
                 with torch.no_grad():
                     at = self.mixture.encode(progress.alphas[len(progress.rows) - 1][None])
-            count = options.rows if not progress.rows else options.rows // 2
+            count = options.rows if not progress.rows else options.rows // 3
             progress.rows.append(self._rows(fitted, at, count, self._generator(2 + len(progress.rows))))
             self._save()
         rows, offsets = (torch.cat(parts) for parts in zip(*progress.rows, strict=True))
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
         assert progress.shown is not None
-        shown, found = progress.shown, {}
-        evidence = self._evidence()
+        shown, evidence = progress.shown, self._evidence()
+        found: dict[tuple[int, ...], tuple[Tensor, float]] = {}
+        # What it is by its predictions and its embedding; then by its predictions and what words show.
         mixed = Search(surrogate, shown, replace(evidence, shown=0), self.count, self._pulse, found)
-        mixed.add(top_k(code, size) for code in self.codes for size in range(1, min(self.count, len(words_of(code))) + 1))
-        for code in self.codes:
-            mixed.thin(code)
+        mixed.add(top_k(code, size) for code in self.codes for size in range(1, self.count + 1))
         mixed.add(progress.alphas)
         mixed.run()
         drawn = Search(surrogate, shown, replace(evidence, embedding=0), self.count, self._pulse, found)
-        drawn.add(self._shown_first(shown))
+        drawn.add(self._equal(words) for words in shown.first(min(self.count, _START)))
         drawn.run()
         finalists = list(dict.fromkeys([*drawn.best(1), *mixed.best(options.finalists - 1)]))
         alphas = torch.stack([found[words][0] for words in finalists])
-        r2 = self._judge(judged, alphas)
+        r2, told = self._judge(judged, alphas), shown.r2(padded(finalists))
         sizes = torch.tensor([len(words) for words in finalists])
-        scores = evidence(r2, shown.r2(padded(finalists)), surrogate.cosine(alphas), sizes)
-        best = int(scores.argmax())
-        if TRACE:
-            for i, ws in enumerate(finalists): print("     ", "*" if i == best else " ", [self.mixture.words[j] for j in ws], f"E {scores[i]:.2f} r2 {r2[i]:.3f} sur {found[ws][1]:.3f} shown {float(shown.r2(torch.tensor([ws]))):.3f} cos2 {float(surrogate.cosine(alphas[i:i+1]))**2:.3f}")
+        best = int(evidence(r2, told, surrogate.cosine(alphas), sizes).argmax())
         alpha, reached = alphas[best], float(r2[best])
         if reached < PLENTY and len(finalists[best]) < self.count:
-            kept = finalists[best] if float(shown.r2(torch.tensor([finalists[best]]))) >= 0.5 else ()
-            filled = Search(surrogate, shown, replace(evidence, shown=0, embedding=0, predictions=options.filling), self.count, self._pulse, found, kept)
+            kept = finalists[best] if float(told[best]) >= TOLD else ()
+            alone = replace(evidence, predictions=options.fills, shown=0, embedding=0)
+            filled = Search(surrogate, shown, alone, self.count, self._pulse, found, kept)
             filled.run()
-            fuller = [words for words in filled.best(2) if words != finalists[best]]
-            if fuller:
-                others = torch.stack([found[words][0] for words in fuller])
-                scores = self._judge(judged, others)
-                if TRACE:
-                    for i, ws in enumerate(fuller): print("      fill", [self.mixture.words[j] for j in ws], f"r2 {scores[i]:.3f} sur {found[ws][1]:.3f}")
-                if float(scores.max()) > reached:
-                    alpha, reached = others[int(scores.argmax())], float(scores.max())
+            fuller = torch.stack([found[words][0] for words in filled.best(2)])
+            r2 = self._judge(judged, fuller)
+            if float(r2.max()) > reached:
+                alpha, reached = fuller[int(r2.argmax())], float(r2.max())
         return self._refine(fitted, judged, alpha, reached)
 
     def _evidence(self) -> Evidence:
-        options, width = self.options, sum(table.shape[1] for table in self.mixture.embeddings.values())
-        return Evidence(options.predictions, options.shown, options.embedding if self.token is not None else 0, len(self.mixture), width, options.floor)
+        options, width = self.options, sum(rows.shape[1] for rows in self.mixture.embeddings.values())
+        known = 0.0 if self.token is None else min(options.embedding_count, width)
+        return Evidence(len(self.mixture), options.predictions_count, options.shown_count, known)
 
-    def _shown_first(self, shown: Shown) -> list[Tensor]:
-        """Equal shares of the words that show most of the concept together, chosen one by one, of every number of words."""
-        chosen: list[int] = []
-        found = []
-        for _ in range(self.count):
-            rest = [i for i in range(len(self.mixture)) if i not in chosen]
-            chosen.append(rest[int(shown.r2(torch.tensor([[*chosen, i] for i in rest])).argmax())])
-            alpha = torch.zeros(len(self.mixture))
-            alpha[chosen] = 1 / len(chosen)
-            found.append(alpha)
-        return found
+    def _equal(self, words: tuple[int, ...]) -> Tensor:
+        """Equal shares of some words."""
+        alpha = torch.zeros(len(self.mixture))
+        alpha[list(words)] = 1 / len(words)
+        return alpha
 
     def _rows(self, states: States, at: Conditioning, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The model linearised at a conditioning: rows (n, size) and offsets (n,) of a `Surrogate`, not yet scaled.

@@ -81,5 +81,5 @@ def importance(mixture: Mixture, states: States, report: Callable[[], None]) -> 
     At every state the other words' weights are fitted anew. An eval a word and state.
     """
     with torch.no_grad():
-        prompts = mixture.model.text.encode([fill(mixture.template, word) for word in mixture.words])
+        prompts = mixture.model.encode([fill(mixture.template, word) for word in mixture.words])
     return show(mixture.model, prompts, states, None, report).lost(range(len(mixture)))

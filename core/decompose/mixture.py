@@ -43,7 +43,7 @@ class Mixture:
 
     def encode_tokens(self, tokens: Slot) -> Conditioning:
         """The template with each token as its concept."""
-        return self.model.text.encode([fill(self.template, [tokens])])
+        return self.model.encode([fill(self.template, [tokens])])
 
     def choose(self, rows: Tensor) -> Mixture:
         """The mixture of some of the words only."""

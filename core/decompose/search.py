@@ -14,45 +14,42 @@ from .sparse import nnls
 from .surrogate import Surrogate, on_support
 
 _POLISHED = 6
-"""How many of the sets one word away are looked at closely."""
+"""Sets one word away that are encoded and fitted closely, out of all that are weighed by the linearised equations."""
 _SUMMITS = 6
-"""How many of the likeliest sets the search must have looked around at before it ends."""
+"""Likeliest sets that the search must have looked around at before it ends."""
+_WEIGHED = 256
+"""Sets one word away, the best by the mixture alone, whose other views are weighed too, beside those whose words were looked at."""
 
 
 @dataclass(frozen=True)
 class Evidence:
     """How well some words account for a concept, in nats; only differences mean anything.
 
-    Three things are known of a concept: what the model predicts for it (``predictions``, of the mixture, and ``shown``, of what the words
-    show by themselves: images that tell independently) and where its embedding lies (``embedding`` independent numbers out of ``width``).
-    Each counts as the likelihood of Gaussian errors of unknown size, -n/2 log(unexplained), down to the share ``floor`` that its estimate is
-    wrong by; the embedding's counts by what exceeds the squared cosine 2 log(candidates) / width that chance gives the best of as many
-    directions. A word costs log(candidates), what it takes to name it.
+    Three views of a concept: what the model predicts for it, as ``predictions`` independent measurements that the words' mixture is to repeat;
+    the same as ``shown`` measurements that the words' own effects are to add up to; and its embedding, ``embedding`` numbers. Each counts as
+    the likelihood of Gaussian errors of unknown size, -n/2 log(unexplained share), where shares below ``floor`` are estimation error. A word
+    costs log(candidates), what it takes to name it. A view of 0 measurements is left out.
     """
 
-    predictions: float
-    shown: float
-    embedding: float
     candidates: int
-    width: int
+    predictions: float = 12
+    shown: float = 24
+    embedding: float = 96
     floor: float = 0.01
 
     def __call__(self, r2: Tensor, shown: Tensor, cosine: Tensor, sizes: Tensor) -> Tensor:
         """All (n,): R2 of the mixture, `Shown.r2` of its words, cosine with the concept's embedding (0 if unknown), numbers of words."""
-        beyond = cosine.clamp(0, 1).square()
-        return (
-            -0.5 * self.predictions * ((1 - r2).clamp_min(0) + self.floor).log()
-            - 0.5 * self.shown * ((1 - shown).clamp_min(0) + self.floor).log()
-            - 0.5 * self.embedding * (1 - beyond + self.floor).log()
-            - sizes * math.log(self.candidates)
-        )
+        views = ((self.predictions, r2), (self.shown, shown), (self.embedding, cosine.square()))
+        fit = torch.stack([-0.5 * count * ((1 - explained).clamp_min(0) + self.floor).log() for count, explained in views]).sum(0)
+        return fit - sizes * math.log(self.candidates)
 
 
 @dataclass
 class Search:
-    """Sets of at most ``count`` words that account for a concept. ``found`` maps each to its weights, (words,), and R2 by the surrogate.
+    """Sets of at most ``count`` words that account for a concept, all with the words ``kept``.
 
-    ``pulse`` runs between steps; raising from it ends the search.
+    ``found`` maps each set to its weights, (words,), and R2 by the surrogate; searches may share it. ``pulse`` runs between steps; raising
+    from it ends the search.
     """
 
     surrogate: Surrogate
@@ -74,19 +71,6 @@ class Search:
             for words in {given, words_of(alpha)}:  # weights may have become 0
                 if words not in self.found or self.found[words][1] < score:
                     self.found[words] = alpha, score
-
-    def thin(self, alpha: Tensor) -> None:
-        """Leave out one word after the other, the one without which the rest explain most, and keep what is small enough."""
-        alpha = self.surrogate.polish(alpha[None])[0][0]
-        while len(words := words_of(alpha)) > 1:
-            self.pulse()
-            fewer = alpha.repeat(len(words), 1)
-            fewer[range(len(words)), list(words)] = 0
-            likely = self.surrogate.r2(fewer).topk(min(2, len(words))).indices
-            polished, scores = self.surrogate.polish(fewer[likely] / fewer[likely].sum(1, keepdim=True))
-            alpha = polished[int(scores.argmax())]
-            if len(words_of(alpha)) <= self.count:
-                self.add([alpha])
 
     def best(self, count: int) -> list[tuple[int, ...]]:
         """The ``count`` likeliest sets found."""
@@ -121,20 +105,23 @@ class Search:
         proposed = sorted(sets - self.found.keys())
         if not proposed:
             return []
-        matrix, target = self.surrogate.equations(alpha, torch.arange(len(alpha)))
+        matrix, target = self.surrogate.equations(alpha)
+        gram, moment = matrix.T @ matrix, matrix.T @ target
         index = padded(proposed)
         here, chosen = index >= 0, index.clamp_min(0)
-        gram, moment = matrix.T @ matrix, matrix.T @ target
         moments = moment[chosen] * here
         weights = nnls(gram[chosen[:, :, None], chosen[:, None, :]] * (here[:, :, None] & here[:, None, :]), moments)
         r2 = 1 - (target.square().sum() - (weights * moments).sum(1))
-        alphas = torch.stack([on_support(chosen[i][here[i]], weights[i][here[i]], alpha) for i in range(len(proposed))])
-        likely = self._weigh(proposed, alphas, r2)
+        weighed = (self.shown.known[chosen] | ~here).all(1) if self.evidence.shown else torch.zeros(len(r2), dtype=torch.bool)
+        weighed[r2.topk(min(_WEIGHED, len(r2))).indices] = True
+        rows = weighed.nonzero()[:, 0].tolist()
+        alphas = torch.stack([on_support(chosen[i][here[i]], weights[i][here[i]], alpha) for i in rows])
+        likely = self._weigh([proposed[i] for i in rows], alphas, r2[rows])
         return [alphas[i] for i in likely.argsort(descending=True, stable=True)[:_POLISHED]]
 
     def _weigh(self, sets: list[tuple[int, ...]], alphas: Tensor, r2: Tensor) -> Tensor:
-        sizes = torch.tensor([len(words) for words in sets])
-        return self.evidence(r2, self.shown.r2(padded(sets)), self.surrogate.cosine(alphas), sizes)
+        shown = self.shown.r2(padded(sets)) if self.evidence.shown else torch.zeros(len(sets), dtype=torch.double)
+        return self.evidence(r2, shown, self.surrogate.cosine(alphas), torch.tensor([len(words) for words in sets]))
 
 
 def padded(sets: list[tuple[int, ...]]) -> Tensor:

@@ -31,6 +31,11 @@ class Shown:
 
     gram: Tensor
 
+    @property
+    def known(self) -> Tensor:
+        """Which words were looked at, (words,)."""
+        return self.gram.diagonal(dim1=1, dim2=2).sum(0)[:-1] > 0
+
     def r2(self, sets: Tensor) -> Tensor:
         """shown(W) for each row of sets (n, size), indices of words, -1 where a set has fewer: (n,)."""
         if not len(sets) or not sets.shape[1]:
@@ -49,11 +54,14 @@ class Shown:
         r2 = self.r2(torch.tensor([list(words), *rest]))
         return tuple((r2[0] - r2[1:]).clamp_min(0).tolist())
 
-    def choose(self, words: Sequence[int]) -> Shown:
-        """The same of some of the words, in the order given."""
-        kept = torch.tensor([*words, self.gram.shape[1] - 1])
-        return Shown(self.gram[:, kept[:, None], kept])
-
+    def first(self, count: int) -> list[tuple[int, ...]]:
+        """The words that show most of the concept together, chosen one by one: sets of 1 to ``count``."""
+        words, found = self.known.nonzero()[:, 0].tolist(), list[tuple[int, ...]]()
+        for _ in range(min(count, len(words))):
+            base = found[-1] if found else ()
+            rest = [(*base, word) for word in words if word not in base]
+            found.append(rest[int(self.r2(torch.tensor(rest)).argmax())])
+        return found
 
     def extended(self, words: int) -> Shown:
         """With words that were not looked at, and so show nothing, up to ``words`` of them."""

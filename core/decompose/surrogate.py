@@ -65,10 +65,10 @@ class Surrogate:
         mixed = torch.cat([normalize(alphas.double() @ e.cpu().double(), dim=1) for e in rows], dim=1)
         return (mixed @ self.token.double() / len(self.mixture.embeddings)).clamp_min(0)
 
-    def equations(self, alpha: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Gauss-Newton's equations at ``alpha`` in the weights of the words ``columns``: (n + 1, columns), (n + 1,); columns + 1 encodings."""
-        y = self.residual(torch.cat([alpha[None], alpha + _BUMP * torch.eye(len(alpha))[columns]]))
-        return fix_scale((y[1:] - y[0]).T / _BUMP, y[0], alpha[columns])
+    def equations(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Gauss-Newton's equations in the weights of all words at ``alpha`` (words,): (n + 1, words), (n + 1,). words + 1 encodings."""
+        y = self.residual(torch.cat([alpha[None], alpha + _BUMP * torch.eye(len(alpha))]))
+        return fix_scale((y[1:] - y[0]).T / _BUMP, y[0], alpha)
 
     def polish(self, alphas: Tensor, rounds: int = 2) -> tuple[Tensor, Tensor]:
         """Each row of alphas after Gauss-Newton on the weights of its own words, with a line search, and its `r2`."""

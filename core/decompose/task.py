@@ -64,11 +64,18 @@ class Task:
 
 
 class Tally:
-    """What a method has spent on its task, reported as steps of ``planned`` evals; ``evals`` and ``calls`` were spent before."""
+    """What a method has spent on its task, reported as steps of ``planned`` evals and ``prompts`` text encodings, ``PROMPTS`` to a step.
 
-    def __init__(self, task: Task, planned: int, evals: int = 0, calls: int = 0) -> None:
-        self._meter, self._on_step, self._planned = task.model.meter, task.on_step, planned
-        self._evals, self._calls = self._meter.evals - evals, self._meter.calls - calls
+    ``evals`` and ``calls`` were spent before.
+    """
+
+    PROMPTS = 8
+    """Prompts that take about the time of one eval."""
+
+    def __init__(self, task: Task, planned: int, evals: int = 0, calls: int = 0, prompts: int = 0) -> None:
+        self._meter, self._on_step = task.model.meter, task.on_step
+        self._planned, self._encoding = planned, prompts // self.PROMPTS
+        self._evals, self._calls, self._prompts = self._meter.evals - evals, self._meter.calls - calls, self._meter.prompts
 
     @property
     def evals(self) -> int:
@@ -78,10 +85,18 @@ class Tally:
     def calls(self) -> int:
         return self._meter.calls - self._calls
 
+    @property
+    def prompts(self) -> int:
+        """Text encodings since this object was made."""
+        return self._meter.prompts - self._prompts
+
     def report(self, metrics: Mapping[str, float] = MappingProxyType({})) -> None:
         """Say how far the method is; the last step is kept for ``finish``."""
-        self._on_step(min(self.evals, self._planned - 1), self._planned, metrics)
+        total = self._planned + self._encoding
+        done = min(self.evals, self._planned) + min(self.prompts // self.PROMPTS, self._encoding)
+        self._on_step(min(done, total - 1), total, metrics)
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """Say that it is done."""
-        self._on_step(max(self.evals, 1), max(self.evals, 1), metrics)
+        total = max(self._planned + self._encoding, 1)
+        self._on_step(total, total, metrics)

@@ -128,7 +128,7 @@ def prompt_space(task: Task, chunk: int = 64) -> PromptSpace:
     concept, start = task.teacher.context.float().cpu().double(), None
     for first in range(0, len(words), chunk):
         task.model.before_call()
-        encoded = task.model.text.encode([fill(task.template, word) for word in words[first : first + chunk]])
+        encoded = task.model.encode([fill(task.template, word) for word in words[first : first + chunk]])
         context = encoded.context.float().cpu().double()
         if start is None:  # a causal encoder leaves what stands before the word as it is
             moved = (context - concept).abs().amax((0, 2))
@@ -146,12 +146,14 @@ def text_codes(task: Task, space: PromptSpace, count: int) -> list[Tensor]:
     return [_nearest(count, *_token_space(task)), space.code(count)]
 
 
-def shortlist(task: Task, space: PromptSpace, count: int) -> list[int]:
-    """The ``count`` candidates (indices of the pool) that the text encoder finds nearest to the concept, by prompt and by embedding in turns."""
+def shortlist(task: Task, space: PromptSpace, looked: int, searched: int) -> list[int]:
+    """Candidates (indices of the pool): the ``looked`` nearest to the concept as encoded prompts, then the nearest by prompt and by embedding
+    in turns, ``searched`` in all."""
     atoms, target = _token_space(task)
     nearest = [space.cosines, normalize(atoms, dim=1) @ normalize(target, dim=0)]
-    orders = [cosines.argsort(descending=True, stable=True).tolist() for cosines in nearest]
-    return list(dict.fromkeys(i for pair in zip(*orders, strict=True) for i in pair))[:count]
+    by_prompt, by_embedding = (cosines.argsort(descending=True, stable=True).tolist() for cosines in nearest)
+    turns = [i for pair in zip(by_prompt, by_embedding, strict=True) for i in pair]
+    return list(dict.fromkeys([*by_prompt[:looked], *turns]))[: max(looked, searched)]
 
 
 def _means(conditioning: Conditioning) -> Tensor:
