@@ -199,7 +199,8 @@ class Decomposition:
         asked = {word.strip().lower(): float(share) for word, share in shares.items()}
         total = math.fsum(asked.values())
         if not all(share > 0 for share in asked.values()) or not total < 1:
-            raise ValueError(f"a share lies between 0 and 1, and all of them together below 1, got {', '.join(f'{s:g}' for s in asked.values())}")
+            got = ", ".join(f"{share:g}" for share in asked.values())
+            raise ValueError(f"a share lies between 0 and 1, and all of them together below 1, got {got}")
         if not asked:
             return self
         found = {word: self._look_up(text, word) for word in asked}
@@ -212,7 +213,8 @@ class Decomposition:
         for word, share in asked.items():
             alpha[words.index(word)] = share
         joined = {name: torch.cat([own, *(found[word][1][name].to(own) for word in fresh)]) for name, own in self.embeddings.items()}
-        return self._with(alpha, joined, words, ids, [f"{'+ ' if word in fresh else ''}{word} = {share:g}" for word, share in asked.items()])
+        edits = [f"{'+ ' if word in fresh else ''}{word} = {share:g}" for word, share in asked.items()]
+        return self._with(alpha, joined, words, ids, edits)
 
     def replaced(self, text: TextEncoder, old: str, new: str) -> Decomposition:
         """With ``new`` in place of ``old`` at the same share; where ``new`` is already here, it takes over that share.
@@ -337,7 +339,7 @@ class Decomposition:
             lines.append(f"{explains} of what the concept changes (pictures not fitted), {self.evals} evals in {self.calls} calls")
             if not self.reliable:
                 lines.append(
-                    "These words do not explain the concept well: take more words or more candidates, or another template or seed."
+                    "These words do not explain the concept well: decompose it again with more words, or with another template or seed."
                 )
         if self.selected:
             lines.append(f"selected by {self.selected}")
