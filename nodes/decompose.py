@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from .files import DECOMPOSITIONS, code_hash, folder, slug
+from .files import code_hash
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -176,6 +177,7 @@ class DecomposeConcept(io.ComfyNode):
         scorer: ImageScorer | None = None,
     ) -> io.NodeOutput:
         from .comfy_model import Progress, check_graph, check_text, send_text, trained_side
+        from .store import checkpoint, forget_unfinished, found_again, keep
 
         check_graph(model, clip, vae)
         check_text(concept)
@@ -196,16 +198,18 @@ class DecomposeConcept(io.ComfyNode):
             "select": select,
         }
         node = cls.hidden.unique_id
-        path = _path(asked, model, clip, vae, scorer) if reuse else None
-        found = None if path is None else _stored(path)
-        if found is None:
-            progress = Progress(node, model, asked["concept"])
-            found = _computed(asked, (model, clip, vae, scorer), None if path is None else path.with_suffix(".checkpoint"), progress)
-            if path is not None:
-                found.save(path, overwrite=True)  # another worker may have answered meanwhile
-            send_text(node, headline(found))
+        question = _question(asked, model, clip, vae, scorer) if reuse else None
+        kept = None if question is None else found_again(question)
+        if kept is not None:
+            found, file = kept
+            send_text(node, f"{headline(found)}  (found in {file})")
         else:
-            send_text(node, f"{headline(found)}  (found in {path.name if path else ''})")
+            progress = Progress(node, model, asked["concept"])
+            unfinished = None if question is None else checkpoint(question, asked["concept"])
+            found = _computed(asked, (model, clip, vae, scorer), unfinished, progress)
+            forget_unfinished()
+            wrong = "" if question is None else keep(question, found)
+            send_text(node, f"{headline(found)}\nNot kept: {wrong}" if wrong else headline(found))
         return io.NodeOutput(found, conditioning(found, clip), chart(found), found.summary())
 
 
@@ -251,8 +255,8 @@ def headline(found: Decomposition) -> str:
     return found.summary().splitlines()[0]
 
 
-def _path(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | None, scorer: ImageScorer | None) -> Path | None:
-    """Where the answer to this question lies or will lie; None when the model cannot be told from another."""
+def _question(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | None, scorer: ImageScorer | None) -> str | None:
+    """A hash of all that the answer depends on; None when the model cannot be told from another."""
     from ..core.artifact import content_hash
     from .comfy_model import graph_identity, scorer_identity
 
@@ -261,7 +265,7 @@ def _path(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | Non
         logger.info("This MODEL or CLIP carries code from other nodes: what is found for it is not kept on disk")
         return None
     given = asked | {"model": identity, "scorer": scorer and scorer_identity(scorer), "code": code_hash("decompose")}
-    return folder(DECOMPOSITIONS) / f"{slug(asked['concept'])}-{content_hash({}, given)[:16]}.safetensors"
+    return content_hash({}, given)[:16]
 
 
 def _computed(
@@ -272,11 +276,11 @@ def _computed(
 ) -> Decomposition:
     """The answer, gone on with from ``checkpoint``; afresh where what lies there is damaged or was made by a text encoder that rounds
     otherwise, on another device or machine: nobody who queues a graph can choose another file."""
-    from ..core.artifact import ArtifactError
+    from ..core.artifact import ArtifactError, discard
     from ..core.decompose import decompose_concept
     from .comfy_model import graph_model
 
-    resumed = checkpoint is not None and checkpoint.exists()
+    resumed = checkpoint is not None and os.path.isfile(checkpoint)
     with graph_model(*wired, progress.show) as host:
         try:
             found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=progress)
@@ -284,21 +288,5 @@ def _computed(
             if checkpoint is None or not resumed:
                 raise
             logger.warning("%s; it is computed afresh", error)
-            checkpoint.unlink()
-            found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=progress)
+            found = decompose_concept(host, **asked, checkpoint=checkpoint if discard(checkpoint) else None, on_step=progress)
     return found.to("cpu")
-
-
-def _stored(path: Path) -> Decomposition | None:
-    """The result kept at ``path``; None when there is none, or none that can be read."""
-    from ..core.artifact import ArtifactError
-    from ..core.decompose import Decomposition
-
-    if not path.is_file():
-        return None
-    try:
-        return Decomposition.load(path)
-    except ArtifactError as error:
-        logger.warning("%s; it is computed again", error)
-        path.unlink()
-        return None

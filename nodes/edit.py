@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from .decompose import image
-from .files import CACHE, EDITS, check, folder, locate, names, place, stamp, stem, writable
+from .files import CACHE, EDITS, LORAS, NAME, check, check_name, folder, listed, locate, names, slug, stamp, target, writing
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -250,7 +250,7 @@ class SaveEdit(io.ComfyNode):
                     "name",
                     default="",
                     placeholder="named after the concepts",
-                    tooltip="The start of the file's name; a short hash of the content follows. Empty takes the concepts.",
+                    tooltip=f"{NAME} Empty takes the concepts.",
                 ),
             ],
             outputs=[io.String.Output("file", tooltip="The file's name, as Load Edit lists it.")],
@@ -258,10 +258,17 @@ class SaveEdit(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str = "") -> bool | str:
+        """True, or what to write instead."""
+        return check_name(EDITS, name)
+
+    @classmethod
     def execute(cls, edit: ContextEdit, name: str) -> io.NodeOutput:
-        path = writable(EDITS, file_stem(edit, name))
-        edit.save(path)
-        return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
+        path = target(EDITS, name, concepts_of(edit), edit.content_hash())
+        with writing(path):
+            edit.save(path)
+        file = listed(EDITS, path)
+        return io.NodeOutput(file, ui=ui.PreviewText(file))
 
 
 class LoadEdit(io.ComfyNode):
@@ -308,7 +315,7 @@ class SaveEditAsLora(io.ComfyNode):
             node_id="ConceptKitSaveEditLora",
             display_name="Save Edit as LoRA",
             category=_CATEGORY,
-            description="Makes an edit a stock LoRA file in models/loras, which works without ConceptKit, in any tool. Nothing is lost.",
+            description="Saves an edit as a stock LoRA file in models/loras, which gives the same images without ConceptKit, in any tool.",
             search_aliases=[*_ALIASES, "export lora", "extract lora"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA is for, with the patches it will have when the LoRA is loaded."),
@@ -317,18 +324,23 @@ class SaveEditAsLora(io.ComfyNode):
                     "name",
                     default="",
                     placeholder="named after the concepts",
-                    tooltip="The start of the file's name; a short hash of the content follows. Empty takes the concepts.",
+                    tooltip=f"{NAME} Empty takes the concepts.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=["fp16", "fp32"],
                     default="fp16",
-                    tooltip="fp16 is half the size and what others use; fp32 is exact.",
+                    tooltip="fp16 is half the size and what most LoRAs use; fp32 is exact.",
                 ),
             ],
             outputs=[io.String.Output("file", tooltip="The file's name, as Load LoRA lists it.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, name: str = "") -> bool | str:
+        """True, or what to write instead."""
+        return check_name(LORAS, name)
 
     @classmethod
     def execute(cls, model: ModelPatcher, edit: ContextEdit, name: str, precision: str) -> io.NodeOutput:
@@ -342,9 +354,11 @@ class SaveEditAsLora(io.ComfyNode):
         attention = GraphCrossAttention(model)
         # By the LoRA's own content: one edit is another LoRA for another model, and in another precision.
         content = content_hash(lora_tensors(edit, attention, dtype), {})
-        path = writable("loras", stem(name, concepts_of(edit), content))
-        save_lora(edit, attention, path, dtype=dtype, overwrite=True)
-        return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
+        path = target(LORAS, name, concepts_of(edit), content)
+        with writing(path):
+            save_lora(edit, attention, path, dtype=dtype, overwrite=True)
+        file = listed(LORAS, path)
+        return io.NodeOutput(file, ui=ui.PreviewText(file))
 
 
 class EditReport(io.ComfyNode):
@@ -390,14 +404,9 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in re.split(r"[,\n]", text) if part.strip()))
 
 
-def file_stem(edit: ContextEdit, name: str) -> str:
-    """The name of an edit's file: what was asked for, or its concepts, and a hash of the content."""
-    return stem(name, concepts_of(edit), edit.content_hash())
-
-
 def concepts_of(edit: ContextEdit) -> str:
     """What an edit's files are named after."""
-    return "-".join(concept.text for concept in edit.concepts)
+    return slug(*(concept.text for concept in edit.concepts))
 
 
 def chart(edit: ContextEdit, report: Report | None) -> Tensor:
