@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..core.decompose import Decomposition
 
 _CATEGORY = "ConceptKit/decompose"
-_ALIASES = ["conceptkit", "concept", "interpret", "explain prompt"]
 _GIVEN = "What Decompose Concept found, or Load Decomposition read."
 _CLIP = "The text encoder the decomposition was made with, or another of the same model family."
 _UNREAD = re.compile(r"[\s()\[\],]")  # where the name of an embedding ends in a prompt
@@ -35,7 +34,7 @@ class DecompositionToConditioning(io.ComfyNode):
             display_name="Decomposition to Conditioning",
             category=_CATEGORY,
             description="Encodes any prompt with the weighted words in it, as conditioning for a sampler.",
-            search_aliases=[*_ALIASES, "encode", "token"],
+            search_aliases=["weighted prompt", "encode words", "words to conditioning"],
             inputs=[
                 Socket.Input("decomposition", tooltip=_GIVEN),
                 io.Clip.Input("clip", tooltip=_CLIP),
@@ -72,7 +71,7 @@ class AdjustWords(io.ComfyNode):
             display_name="Adjust Words",
             category=_CATEGORY,
             description="More of one word, less of another: changes what a decomposition is made of, and so what it draws.",
-            search_aliases=[*_ALIASES, "reweight", "token weight", "word weight", "concept slider", "edit words"],
+            search_aliases=["reweight", "token weight", "word weight", "concept slider", "edit words"],
             inputs=[
                 Socket.Input("decomposition", tooltip=_GIVEN),
                 io.Clip.Input("clip", tooltip=_CLIP),
@@ -80,9 +79,9 @@ class AdjustWords(io.ComfyNode):
                     "adjustments",
                     default="",
                     multiline=True,
-                    placeholder="robin: 0.5\nfinch: 0\n+flame: 20%\nraven -> crow",
-                    tooltip="One to a line: `word: factor` for more or less of it (0 removes it), `+word: share` for a new word, "
-                    "`old -> new` for another in its place.",
+                    placeholder="e.g.\nrobin: 0.5\nfinch: 0\n+flame: 20%\nraven -> crow",
+                    tooltip="One per line or separated by commas: `word: factor` for more or less of it (0 removes it), "
+                    "`+word: share` for a new word at this share of the whole, `old -> new` for another in its place.",
                 ),
             ],
             outputs=[
@@ -95,8 +94,8 @@ class AdjustWords(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adjustments: str = "") -> bool | str:
-        """True, or which line to change."""
-        from ..core.decompose.adjust import parse_adjustments
+        """True, or which item to change."""
+        from ..core.phrases import parse_adjustments
 
         try:
             parse_adjustments(adjustments or "")
@@ -106,12 +105,12 @@ class AdjustWords(io.ComfyNode):
 
     @classmethod
     def execute(cls, decomposition: Decomposition, clip: CLIP, adjustments: str) -> io.NodeOutput:
-        from ..core.decompose.adjust import adjust, parse_adjustments
+        from ..core.decompose.adjust import adjust
         from .comfy_model import check_fits, graph_text
 
         check_fits(decomposition.embeddings, clip)
         with graph_text(clip) as text:
-            adjusted = adjust(decomposition, text, parse_adjustments(adjustments)).to("cpu")
+            adjusted = adjust(decomposition, text, adjustments).to("cpu")
         return io.NodeOutput(adjusted, conditioning(adjusted, clip), chart(adjusted), adjusted.summary())
 
 
@@ -125,7 +124,7 @@ class SaveDecomposition(io.ComfyNode):
             display_name="Save Decomposition",
             category=_CATEGORY,
             description="Keeps a decomposition as a file in models/conceptkit/decompositions, for Load Decomposition.",
-            search_aliases=[*_ALIASES, "store", "keep", "export"],
+            search_aliases=["store words", "export decomposition"],
             inputs=[
                 Socket.Input("decomposition", tooltip=_GIVEN),
                 io.String.Input(
@@ -165,7 +164,7 @@ class LoadDecomposition(io.ComfyNode):
             display_name="Load Decomposition",
             category="ConceptKit/loaders",
             description="Reads a decomposition that was saved, here or on another machine. Needs neither model nor time.",
-            search_aliases=[*_ALIASES, "open", "read", "import"],
+            search_aliases=["open words", "import decomposition"],
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -214,7 +213,7 @@ class SaveEmbedding(io.ComfyNode):
             display_name="Save as Embedding",
             category=_CATEGORY,
             description="Saves the weighted words as one new word: a stock textual-inversion embedding that works without ConceptKit.",
-            search_aliases=[*_ALIASES, "textual inversion", "embedding:", "token", "export"],
+            search_aliases=["textual inversion", "embedding:", "pseudo-token", "export embedding"],
             inputs=[
                 Socket.Input("decomposition", tooltip=_GIVEN),
                 io.String.Input(
@@ -269,7 +268,7 @@ class WordPictures(io.ComfyNode):
             display_name="Word Pictures",
             category=_CATEGORY,
             description="Generates images of each word of a decomposition alone, beside the concept and the mixture.",
-            search_aliases=[*_ALIASES, "token", "contact sheet", "grid", "compare words", "xy plot"],
+            search_aliases=["contact sheet", "word grid", "compare words", "xy plot"],
             inputs=[
                 io.Model.Input("model", tooltip="Model to sample from. It is not modified."),
                 io.Clip.Input("clip", tooltip=_CLIP),
@@ -285,7 +284,9 @@ class WordPictures(io.ComfyNode):
                     tooltip="Seed of the first row; each row adds one. A row is what a KSampler generates with that seed.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps (DPM++ 2M)."),
-                io.Float.Input("cfg", default=7.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance scale, as in a KSampler: 3 for the demo model."),
+                io.Float.Input(
+                    "cfg", default=7.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance scale, as in a KSampler: 3 for the demo model."
+                ),
                 io.Int.Input(
                     "size",
                     default=0,

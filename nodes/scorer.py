@@ -27,7 +27,7 @@ class LoadImageScorer(io.ComfyNode):
             display_name="Load Image Scorer",
             category="ConceptKit/loaders",
             description="Loads a CLIP-style scorer that rates how well an image matches a text, for ConceptKit's other nodes.",
-            search_aliases=["conceptkit", "clip score", "clip vision", "image text similarity", "zero-shot", "classifier", "scorer"],
+            search_aliases=["clip score", "clip vision", "image text similarity", "zero-shot", "classifier", "scorer"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",

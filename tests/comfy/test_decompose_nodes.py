@@ -191,6 +191,8 @@ def test_words_are_added_and_replaced_by_lines_of_text(comfy, bird):
         ("bird: many", "line 1, 'bird: many': 'many' is not a number"),
         ("bird: -1", "write 0 to remove one"),
         ("+crow: 120%", "a share lies between 0 and 1"),
+        ("bird: nan", "'nan' is not a number that can be used"),
+        ("+crow: 60%, +star: 40%", "line 1, '+star: 40%': the added words take 100% of the whole"),
     ],
 )
 def test_lines_that_cannot_be_read_are_refused_before_anything_runs(comfy, bird, adjustments, message):
@@ -281,6 +283,46 @@ def test_a_list_of_concepts_gives_lists(comfy):
     outputs = comfy.run(graph)
     assert [text.split(" =")[0] for text in outputs["text"]["text"]] == ["bird", "star"]
     assert len(outputs["chart"]["images"]) == 2
+
+
+def test_several_concepts_in_one_text_give_lists(comfy):
+    """Each as it is alone, to the pixel, and every node after it runs once for each; a list of texts adds up."""
+    graph = drawing(comfy, steps=1, picture=("node", 1), bird=("bird", 1), phrase=("phrase", 1)) | {
+        "a": node("PrimitiveString", value="bird, Bird"),
+        "b": node("PrimitiveString", value='# none\n"bird, star"\n'),
+        "list": node("CreateList", **{"inputs.input0": ["a", 0], "inputs.input1": ["b", 0]}),
+        "both": decompose(concept=["list", 0]),
+        "node": decompose(concept='bird\n\n"bird, star" # a phrase\nBIRD; bird'),
+        "bird": decompose(concept="bird"),
+        "phrase": decompose(concept='"bird, star"'),
+        "text": node("PreviewAny", source=["node", 3]),
+        "other text": node("PreviewAny", source=["both", 3]),
+        "chart": node("PreviewImage", images=["node", 2]),
+        "adjust": adjusted(None, "+flame: 20%, +crow: 20%", ("node", 0)),
+        "adjusted": node("PreviewAny", source=["adjust", 3]),
+        "save": node("ConceptKitSaveDecomposition", decomposition=["node", 0], name="several"),
+        "file": node("PreviewAny", source=["save", 0]),
+    }
+    outputs = comfy.run(graph)
+    assert [text.split(" =")[0] for text in outputs["text"]["text"]] == ["bird", "bird, star"]
+    assert outputs["other text"] == outputs["text"]
+    assert len(outputs["chart"]["images"]) == 2 and len(set(outputs["file"]["text"])) == 2
+    for text in outputs["adjusted"]["text"]:
+        assert "20% flame" in text and "20% crow" in text
+    assert len(outputs["picture"]["images"]) == 2
+    for index, alone in enumerate(("bird", "phrase")):
+        assert (pixels(comfy, outputs["picture"], index) == pixels(comfy, outputs[alone])).all()
+
+
+def test_conceptor_has_a_node_of_its_own_that_asks_the_same(comfy):
+    """Its settings are hidden on the other node, where older workflows store them, and read there still."""
+    spec = comfy.get("/object_info/ConceptKitDecompose")["ConceptKitDecompose"]["input"]["optional"]["select"][1]
+    assert spec["hidden"]
+    own = {key: value for key, value in decompose()["inputs"].items() if key not in ("model", "clip", "method")}
+    for inputs, message in ((own, "VAE"), (own | {"vae": ["loader", 2]}, "scorer")):
+        assert message in comfy.fail(
+            shown(comfy, ("node", 3), node=node("ConceptKitConceptor", model=["loader", 0], clip=["loader", 1], **inputs))
+        )
 
 
 def test_what_identifies_a_model(comfy):

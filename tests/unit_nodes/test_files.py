@@ -50,3 +50,14 @@ def test_listing_a_node_imports_nothing_that_comfyui_has_not_loaded(root, name):
 def test_v3_alone(root):
     """A module that also defines the old mappings would have its entry point ignored."""
     assert not any("NODE_CLASS_MAPPINGS" in path.read_text("utf-8") for path in [root / "__init__.py", *(root / "nodes").glob("*.py")])
+
+
+def test_validation_names_one_input_since_comfyui_reports_it_once_for_each(root):
+    checks = [
+        (path.name, [argument.arg for argument in function.args.args])
+        for path in (root / "nodes").glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(function, ast.FunctionDef) and function.name == "validate_inputs"
+    ]
+    assert checks
+    assert all(len(arguments) == 2 for _, arguments in checks), checks
