@@ -169,7 +169,7 @@ class LoadDecomposition(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=names(DECOMPOSITIONS),
-                    tooltip="A file in models/conceptkit/decompositions, named after the concept, its first words and a short hash of the content. "
+                    tooltip="A file in models/conceptkit/decompositions, named after the concept, its first words and a content hash. "
                     "The text says which model, template and seed it was made with.",
                 )
             ],
@@ -284,9 +284,7 @@ class WordPictures(io.ComfyNode):
                     tooltip="Seed of the first row; each row adds one. A row is what a KSampler generates with that seed.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps (DPM++ 2M)."),
-                io.Float.Input(
-                    "cfg", default=7.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance scale, as in a KSampler: 3 for the demo model."
-                ),
+                io.Float.Input("cfg", default=7.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance scale; the demo model wants 3."),
                 io.Int.Input(
                     "size",
                     default=0,

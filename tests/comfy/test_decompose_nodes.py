@@ -63,6 +63,10 @@ def kept(comfy, pattern="*.safetensors"):
     return sorted((comfy.base / "models" / "conceptkit" / "decompositions").glob(pattern))
 
 
+def unfinished(comfy, pattern):
+    return sorted((comfy.base / "models" / "conceptkit" / "cache").glob(f"{pattern}.checkpoint"))
+
+
 @pytest.fixture(scope="module")
 def bird(comfy):
     """The text of a decomposition, and the file it is kept in."""
@@ -82,7 +86,7 @@ def loading(bird):
 def test_it_is_found_again_when_the_cache_was_dropped(comfy, bird, tmp_path):
     """What lies under the name is what is returned, so nothing was computed."""
     text, path = bird
-    assert path.name.startswith("bird-")
+    assert path.name.startswith(f"bird-{first_word(text)}-")
     nodes = {"adjust": adjusted(bird, f"{first_word(text)}: 0"), "save": saving("adjust", "changed")}
     outputs = comfy.run(shown(comfy, ("adjust", 3), **loading(bird), **nodes))
     other, name = outputs["show"]["text"][0], outputs["save"]["text"][0].splitlines()[0]
@@ -142,15 +146,23 @@ def test_adjusting_by_one_saving_and_exporting_change_nothing(comfy, bird):
         assert (drawn[name] == drawn["concept"]).all(), name
     assert abs(drawn["embedding"] - drawn["concept"]).max() <= 1
     assert abs(drawn["without"] - drawn["concept"]).max() > 8
-    assert outputs["save"]["text"][0].startswith("embedding:bird-words\n")
+    assert outputs["save"]["text"] == ["embedding:bird-words"]
     assert (comfy.base / "models" / "embeddings" / "bird-words.safetensors").is_file()
 
 
-@pytest.mark.parametrize("template", ["A photo of a {}.", "{}'s face", '"{}"', "a {}-shaped thing"])
-def test_the_embedding_is_read_whatever_stands_beside_it(comfy, bird, template):
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("A photo of a {}.", "beside"),
+        ("{}'s face", "birds/beside"),
+        ('"{}"', "Gefieder\\vögel"),
+        ("a {}-shaped thing", "v1.5-%date:yy%"),
+    ],
+)
+def test_the_embedding_is_read_whatever_stands_beside_it(comfy, bird, template, name):
     nodes = {
         "node": decompose(template=template),
-        "save": node("ConceptKitSaveEmbedding", decomposition=["node", 0], name="beside", overwrite=True),
+        "save": node("ConceptKitSaveEmbedding", decomposition=["node", 0], name=name, overwrite=True),
         "prompt": node("CLIPTextEncode", clip=["loader", 1], text=["save", 0]),
         "none": node("CLIPTextEncode", clip=["loader", 1], text=template.replace("{}", "")),
     }
@@ -223,14 +235,6 @@ def test_a_missing_file_is_named_with_the_folder_it_belongs_to(comfy):
 def test_a_path_is_no_file_name(comfy, file):
     with pytest.raises(AssertionError, match="custom_validation_failed"):
         comfy.queue(shown(comfy, ("load", 2), load=node("ConceptKitLoadDecomposition", file=file)))
-
-
-@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "C:\\x"])
-def test_nothing_is_written_outside_its_folder(comfy, bird, name):
-    for kind in ("ConceptKitSaveDecomposition", "ConceptKitSaveEmbedding"):
-        extra = {"overwrite": False} if kind.endswith("Embedding") else {}
-        graph = comfy.loaders() | loading(bird) | {"save": node(kind, decomposition=["load", 0], name=name, **extra)}
-        assert "cannot name a file" in comfy.fail(graph)
 
 
 def test_a_damaged_file_is_refused_by_load_and_computed_again_by_decompose(comfy, bird):
@@ -390,7 +394,7 @@ def test_an_interrupted_run_leaves_no_half_result_and_goes_on_where_it_stopped(c
     graph = shown(comfy, ("node", 3), node=decompose(concept="fish", method="distilled"))
     prompt_id = comfy.queue(graph)
     for _ in range(1200):
-        if kept(comfy, "fish-*.checkpoint"):
+        if unfinished(comfy, "fish-*"):
             break
         time.sleep(0.05)
     start = time.monotonic()
@@ -398,8 +402,8 @@ def test_an_interrupted_run_leaves_no_half_result_and_goes_on_where_it_stopped(c
     history = comfy.wait(prompt_id)
     assert time.monotonic() - start < 5
     assert any(kind == "execution_interrupted" for kind, _ in history["status"]["messages"]), history["status"]
-    (checkpoint,) = set(kept(comfy, "*")) - set(before)
-    assert checkpoint.suffix == ".checkpoint"
+    assert kept(comfy, "*") == before
+    (checkpoint,) = unfinished(comfy, "fish-*")
     assert comfy.probe("state") == state
     damaged = checkpoint.read_bytes()[:-8]
     resumed = comfy.run(graph)["show"]["text"][0]

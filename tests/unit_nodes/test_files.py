@@ -42,9 +42,15 @@ def test_listing_a_node_imports_nothing_that_comfyui_has_not_loaded(root, name):
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
     allowed = {"__future__", "functools", "hashlib", "logging", "pathlib", "re", "typing", "comfy_api.latest", "torch", "folder_paths"}
+    allowed |= {"collections.abc", "contextlib", "datetime", "os", "time"}
     allowed |= {".decompose", ".decomposition", ".demo_model", ".edit", ".files", ".scorer"}
     allowed |= {"comfy.latent_formats", "comfy.sd1_clip", "comfy.supported_models", "comfy.supported_models_base"}
     assert names <= allowed
+
+
+def test_every_node_that_saves_shows_the_name_in_the_browser(root):
+    listed = re.search(r"SAVES = new Set\(\[(.*?)\]\)", (root / "web" / "saves.js").read_text("utf-8"))
+    assert set(re.findall(r'"(\w+)"', listed[1])) == {name for name in node_ids(root) if name.startswith("ConceptKitSave")}
 
 
 def test_v3_alone(root):
