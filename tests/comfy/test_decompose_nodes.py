@@ -291,14 +291,14 @@ def test_a_list_of_concepts_gives_lists(comfy):
 
 def test_several_concepts_in_one_text_give_lists(comfy):
     """Each as it is alone, to the pixel, and every node after it runs once for each; a list of texts adds up."""
-    graph = drawing(comfy, steps=1, picture=("node", 1), bird=("bird", 1), phrase=("phrase", 1)) | {
+    graph = drawing(comfy, steps=1, picture=("node", 1), bird=("only bird", 1), phrase=("only phrase", 1)) | {
         "a": node("PrimitiveString", value="bird, Bird"),
         "b": node("PrimitiveString", value='# none\n"bird, star"\n'),
         "list": node("CreateList", **{"inputs.input0": ["a", 0], "inputs.input1": ["b", 0]}),
         "both": decompose(concept=["list", 0]),
         "node": decompose(concept='bird\n\n"bird, star" # a phrase\nBIRD; bird'),
-        "bird": decompose(concept="bird"),
-        "phrase": decompose(concept='"bird, star"'),
+        "only bird": decompose(concept="bird"),
+        "only phrase": decompose(concept='"bird, star"'),
         "text": node("PreviewAny", source=["node", 3]),
         "other text": node("PreviewAny", source=["both", 3]),
         "chart": node("PreviewImage", images=["node", 2]),
