@@ -371,8 +371,8 @@ def test_another_model_or_setting_is_another_file(comfy):
     [
         ({"concept": "?!"}, "is known to the text encoder: check the spelling"),
         ({"concept": "a bird of prey in a tree " * 12}, "tokens, the text encoder reads 75: shorten it"),
-        ({"method": "conceptor"}, "VAE"),
-        ({"method": "conceptor", "vae": ["loader", 2]}, "scorer"),
+        ({"method": "conceptor"}, "connect a VAE and a scorer, or use Decompose with Conceptor"),
+        ({"method": "conceptor", "vae": ["loader", 2]}, "connect a VAE and a scorer"),
         ({"exclude": ",".join(shapes_world().words)}, "no candidate words are left"),
     ],
 )
