@@ -2,7 +2,7 @@
 
 Every row is the published objective with the published constants; slips of the published code (targets that carry a bias, words counted
 as tokens, texts encoded again for every layer) are not repeated. Where code and paper, or two versions of the code, differ, both are here.
-In float64, uce-2025, uce-2023, rece, rece-objects, time, mace, trce and speed give the weights of the official code's formulas to 1e-5.
+In float64 all but RealEra's give the weights of the published formulas to 1e-5 (SPEED's of a model with one layer, see there).
 
 Destinations. Official UCE and RECE read a concept without a guide as the empty text. Official TIME, MACE, TRCE, MIST and SPEED always name
 one ("a woman" for a name, "art" for a style, "sky" for a car); here a concept without a replacement is read as the same prompt without it.

@@ -255,11 +255,16 @@ def three_means(rows: Array) -> Array:
     return centres
 
 
-def speed(model: Model, w: Array) -> Array:
-    """Of a model with one layer, whose own norm and null space the official code takes."""
+def speed_pairs(model: Model) -> tuple[Array, Array]:
+    """The means of a c^T and c c^T."""
     c = np.stack([said(model, "catastrophe"), said(model, "cat")], 1)
     a = np.stack([said(model, "dog"), context(model, "")[0]], 1)
-    anchored, target = a @ c.T / 2, c @ c.T / 2
+    return a @ c.T / 2, c @ c.T / 2
+
+
+def speed_prior(model: Model, w: Array) -> Array:
+    """What is retained for a layer: words and copies that the edit without a null space moves most there."""
+    anchored, target = speed_pairs(model)
     unconstrained = w @ (anchored - target) @ np.linalg.inv(np.eye(WIDTH) + target)
 
     def moved_most(columns: Array) -> Array:
@@ -271,10 +276,16 @@ def speed(model: Model, w: Array) -> Array:
     assert 1 < prior.shape[1] < 1 + len(WORDS)
     least = np.linalg.svd(w)[2][-1:].T
     noise = torch.randn(WIDTH, 10 * prior.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
-    prior = np.concatenate([prior, moved_most(np.tile(prior, 10) + least @ least.T @ noise)], 1)
+    return np.concatenate([prior, moved_most(np.tile(prior, 10) + least @ least.T @ noise)], 1)
+
+
+def speed(model: Model, w: Array, threshold: float = 0.1) -> Array:
+    """Of a model with one layer, whose own norm and null space the official code takes."""
+    anchored, target = speed_pairs(model)
+    prior = speed_prior(model, w)
     energies, axes = np.linalg.eigh(prior @ prior.T / prior.shape[1])
-    p = axes[:, energies < 0.1] @ axes[:, energies < 0.1].T
-    assert 1 < (energies >= 0.1).sum() < 10
+    p = axes[:, energies < threshold] @ axes[:, energies < threshold].T
+    assert 0 < (energies >= threshold).sum() < 10
     null = context(model, "")
     k = np.concatenate([null[:1], three_means(null[1:])]).T
     m = np.linalg.inv(target @ p + np.eye(WIDTH))
@@ -429,6 +440,16 @@ def test_null_spaces_refuse_what_leaves_them_no_room(model):
         PRESETS["dp"].solve(Job(model, (Concept("photo"),), ("photo",)))
     with pytest.raises(ValueError, match="keep fewer words"):
         null_space(threshold=-1.0)(Job(model, PAIR))  # as though every direction were retained
+
+
+def test_speed_retains_the_main_direction_of_what_it_would_move_most(alone):
+    """The threshold between the two largest energies, which depend on what is taken into the retained set and how often."""
+    ((_, weight),) = alone.cross_attention.key_values()
+    w = weight.double().numpy()
+    prior = speed_prior(alone, w)
+    energies = np.linalg.eigvalsh(prior @ prior.T / prior.shape[1])
+    between = float(energies[-2:].mean())
+    close(edited(w, null_space(threshold=between)(Job(alone, TWO, KEEP)).context), speed(alone, w, between))
 
 
 def test_speed_leaves_the_empty_text_s_centres(model):
