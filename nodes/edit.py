@@ -31,6 +31,10 @@ METHODS = [
     "realera-isotropic",
     "rece",
     "rece-objects",
+    "dp",
+    "cure",
+    "mist",
+    "speed",
 ]
 """The names of those of ``core.edit.METHODS`` that erase; that module is not loaded to list a node."""
 

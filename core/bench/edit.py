@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ..edit import Concept
 
 DEFAULT = "conceptkit"
-QUICK_METHODS = (DEFAULT, "uce-2025", "rece", "trce")
+QUICK_METHODS = (DEFAULT, "uce-2025", "rece-objects", "dp", "trce", "rece")
+"""In order of importance. rece-objects is RECE as its README has it for objects and styles; rece is its recipe for nudity, a second row."""
 CONCEPTS = ("circle -> square", "red -> green", "robin", "gothic")
 MORE_CONCEPTS = ("star", "blue -> yellow", "apple -> car", "castle", "bird -> flower", "joy", "festive")
 SETS = ("concept", "synonym", "pair", "neighbour", "unrelated", "derived", "learned")

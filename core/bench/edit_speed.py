@@ -227,7 +227,7 @@ def _rece_seconds(model: Model, folder: Path) -> float:
     from ..edit import parse_concepts
 
     job = Job(model, parse_concepts("cat"), cache=folder)
-    solve = rece(0.1, 3)
+    solve = rece(0.1, 3, empty_per_concept=True)
     # Gram and texts are there once it has run.
     solve(job)
     return _fastest(lambda: solve(job))

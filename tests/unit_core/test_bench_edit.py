@@ -63,7 +63,7 @@ def test_the_plan_fits_the_profile_and_judges_first(tmp_path: Path, monkeypatch:
     suite = EditSuite()
     plan = frame.plan(suite, None)
     assert plan.evals <= 150_000 == suite.limit
-    assert suite.measured == QUICK_METHODS and len(QUICK_METHODS) == 4
+    assert suite.measured == QUICK_METHODS and {"rece-objects", "rece", "dp"} < set(QUICK_METHODS)
     parts = [job.part for job in plan.fresh]
     assert next(part for part in parts if part.startswith("erase")) == f"erase, {DEFAULT}"
     assert parts.count(f"erase, {DEFAULT}") == 4 == parts.count("before the edit")
