@@ -148,9 +148,9 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
             )
         edit = annihilate(edit, away, replace(cost, invariant=exact))
     job.on_step(STEPS + settings.rounds, STEPS + settings.rounds, {"left": _left(edit, marks, gram)})
-    chosen |= {**asdict(settings), "hard": job.hard, "with": ", ".join(word for target in targets for word in target.synonyms)}
-    read_as = tuple(target.anchor for target in targets)
-    return Solution(edit, read_as, _pooled(job, twins, pooled_captions, settings), settings=chosen)
+    chosen |= {**asdict(settings), "hard": job.hard}
+    read_as, synonyms = tuple(target.anchor for target in targets), tuple(target.synonyms for target in targets)
+    return Solution(edit, read_as, synonyms, _pooled(job, twins, pooled_captions, settings), settings=chosen)
 
 
 def _stated(job: Job, twins: Sequence[_Twin], stay: Mapping[str, float], exact: Tensor, captions: Tensor, settings: Settings) -> Problem:

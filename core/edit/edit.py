@@ -18,7 +18,7 @@ from .report import Report
 from .solve import LowRank
 from .texts import Concept
 
-FORMAT, VERSION = "conceptkit-edit", 1
+FORMAT, VERSION = "conceptkit-edit", 2
 FAMILIES: tuple[str, ...] = (*get_args(Family), "sd3", "flux")
 """Whose texts an edit may be for. SD3 and Flux (experimental) take it as conditioning only."""
 LIMITS = 1 << 16
@@ -37,10 +37,13 @@ class WeightPatch:
 class ContextEdit:
     """T = I + U V^T on every text context c (rows as columns here), and so on every weight that reads it: W' = W T.
 
-    context: (width, rank) factors, float32. pooled: the same for the pooled text (SDXL), or None. gains: per layer path a factor per column
-    where it is not 1 (T_l = I + U diag(g_l) V^T). What it was solved from: concepts, anchors (the text each is read as), keep, method,
-    settings, and ``model``, the hash of the weights that read the text. Nothing is ever written into a model, so leaving the edit out
-    undoes it. Source: the common form of TIME, UCE, MACE, RECE and TRCE's closed-form edits, which share one matrix for all layers.
+    context: (width, rank) factors, float32, row-major, as a file gives them back. pooled: the same for the pooled text (SDXL), or None.
+    gains: per layer path a factor per column where it is not 1 (T_l = I + U diag(g_l) V^T). What it was solved from: concepts, and per
+    concept its anchor (the text it is read as) and its synonyms (words erased with it; left out, none has any), keep, method, settings,
+    and ``model``, the hash of the weights that read the text. Nothing is ever written into a model, so leaving the edit out undoes it.
+
+    Raises NonFinite for factors that are no numbers, ValueError unless every concept has its list of synonyms. Source: the common form of
+    TIME, UCE, MACE, RECE and TRCE's closed-form edits, which share one matrix for all layers.
     """
 
     family: str
@@ -49,6 +52,7 @@ class ContextEdit:
     gains: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     concepts: tuple[Concept, ...] = ()
     anchors: tuple[str, ...] = ()
+    synonyms: tuple[tuple[str, ...], ...] = ()
     keep: tuple[str, ...] = ()
     method: str = ""
     settings: Mapping[str, float | str | bool] = field(default_factory=dict)
@@ -56,6 +60,12 @@ class ContextEdit:
     report: Report | None = None
 
     def __post_init__(self) -> None:
+        if not self.synonyms:
+            object.__setattr__(self, "synonyms", ((),) * len(self.concepts))
+        if len(self.synonyms) != len(self.concepts):
+            raise ValueError(f"{len(self.concepts)} concepts need as many lists of synonyms, not {len(self.synonyms)}")
+        object.__setattr__(self, "context", _row_major(self.context))
+        object.__setattr__(self, "pooled", None if self.pooled is None else _row_major(self.pooled))
         for part in (self.context, self.pooled):
             if part is not None and not (torch.isfinite(part.u).all() and torch.isfinite(part.v).all()):
                 raise NonFinite("the edit holds NaN or infinity: raise the ridge, or give captions to preserve")
@@ -87,7 +97,7 @@ class ContextEdit:
     @staticmethod
     def load(path: str | Path) -> ContextEdit:
         """An edit from disk, every part of it checked. Raises ArtifactError, naming the file, for anything that ``save`` does not write."""
-        tensors, header = artifact.read(path, FORMAT, VERSION, _layout)
+        tensors, header = artifact.read(path, FORMAT, VERSION, _layout, {1: _from_version_1})
         try:
             report = None if header["report"] is None else Report.from_json(header["report"])
             concepts = tuple(
@@ -101,6 +111,7 @@ class ContextEdit:
                 gains=gains,
                 concepts=concepts,
                 anchors=tuple(header["anchors"]),
+                synonyms=tuple(map(tuple, header["synonyms"])),
                 keep=tuple(header["keep"]),
                 method=header["method"],
                 settings=header["settings"],
@@ -166,6 +177,7 @@ class ContextEdit:
             pooled=pooled,
             concepts=self.concepts + after.concepts,
             anchors=self.anchors + after.anchors,
+            synonyms=self.synonyms + after.synonyms,
             keep=tuple(dict.fromkeys(self.keep + after.keep)),
             method=self.method if self.method == after.method else f"{self.method}, {after.method}",
             settings={},
@@ -276,6 +288,7 @@ class ContextEdit:
                 {"text": c.text, "replacement": c.replacement, "attributes": [list(a) for a in c.attributes]} for c in self.concepts
             ],
             "anchors": list(self.anchors),
+            "synonyms": [list(words) for words in self.synonyms],
             "keep": list(self.keep),
             "method": self.method,
             "settings": dict(self.settings),
@@ -287,12 +300,13 @@ class ContextEdit:
 def _layout(header: artifact.Header) -> Mapping[str, artifact.Spec]:
     texts = [header["family"], header["method"], header["model"], *header["layers"], *header["keep"], *header["anchors"]]
     texts += [c["text"] for c in header["concepts"]] + [c["replacement"] for c in header["concepts"] if c["replacement"] is not None]
+    texts += [word for words in header["synonyms"] for word in words]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("a text is expected where another value stands")
     if header["family"] not in FAMILIES:
         raise ValueError(f"unknown model family {header['family'][:40]!r}")
-    if len(header["anchors"]) != len(header["concepts"]):
-        raise ValueError("concepts and anchors differ in number")
+    if not len(header["anchors"]) == len(header["synonyms"]) == len(header["concepts"]):
+        raise ValueError("concepts, anchors and lists of synonyms differ in number")
     settings = header["settings"]
     if not isinstance(settings, dict) or not all(isinstance(value, (bool, int, float, str)) for value in settings.values()):
         raise TypeError("settings must be numbers, texts or booleans")
@@ -312,6 +326,21 @@ def _layout(header: artifact.Header) -> Mapping[str, artifact.Spec]:
     return specs
 
 
+def _from_version_1(header: artifact.Header) -> artifact.Header:
+    """Version 1 joined the synonyms of all concepts into one setting, ``with``, and stored the report's ``limits``, which are no data.
+
+    Which of several concepts a synonym belonged to was not stored: the first is given all of them, so that the report still knows them.
+    """
+    settings, report = dict(header["settings"]), header["report"]
+    words = [word for word in settings.pop("with", "").split(", ") if word]
+    synonyms: list[list[str]] = [[] for _ in header["concepts"]]
+    if words:
+        synonyms[0] = words
+    if report is not None:
+        report = {name: value for name, value in report.items() if name != "limits"}
+    return {**header, "settings": settings, "synonyms": synonyms, "report": report}
+
+
 def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= LIMITS:
         raise ValueError(f"{value!r} is no size")
@@ -324,6 +353,10 @@ def single(part: LowRank) -> LowRank:
     sizes = torch.stack([u.abs().amax(0), v.abs().amax(0)]).clamp_min(torch.finfo(torch.float64).tiny) if part.rank else u.new_ones(2, 0)
     scale = torch.exp2(((sizes[0].log2() - sizes[1].log2()) / 2).round())
     return LowRank((u / scale).float(), (v * scale).float())
+
+
+def _row_major(part: LowRank) -> LowRank:
+    return LowRank(artifact.row_major(part.u), artifact.row_major(part.v))
 
 
 def _double(part: LowRank) -> LowRank:

@@ -90,6 +90,7 @@ def solve_edit(
         gains=solution.gains,
         concepts=listed,
         anchors=solution.anchors,
+        synonyms=solution.synonyms,
         keep=keep,
         method=method,
         settings={**solution.settings, "seed": seed},
@@ -116,7 +117,7 @@ def _concept(item: Concept | str) -> Concept:
 def _measure(job: Job, edit: ContextEdit) -> Report:
     found = LowRank(edit.context.u.double().cpu(), edit.context.v.double().cpu())
     gram, covariance = job.gram.matrix, job.corpus.covariance
-    near = _near(job, str(edit.settings.get("with", "")).split(", "))
+    near = _near(job, [word for words in edit.synonyms for word in words])
     job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near))
     marks = [_marks(job, concept.text, anchor) for concept, anchor in zip(edit.concepts, edit.anchors, strict=True)]
     adversary = Adversary(found, gram, covariance)

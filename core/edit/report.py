@@ -24,7 +24,7 @@ LIMITS = (
     "An embedding learned on the edited model, or one chosen freely, may still reach it as far as 'regenerable' says.",
     "The text encoder itself is unchanged: other models that read its output know the concept as before.",
 )
-"""What no edit of this kind can reach."""
+"""What no edit of this kind can reach: shown with every report and stored in none, so that a sentence may change and no hash with it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class Report:
     distortion: float
     null_drift: float
     pooled_leak: float | None
-    limits: tuple[str, ...] = LIMITS
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -99,7 +98,7 @@ class Report:
         for label, words in (("kept", self.kept), ("most moved", self.neighbours)):
             if words:
                 lines.append(f"  {label}: " + ", ".join(f"{w.word} {w.shift:.0%}" for w in words[:8]))
-        return "\n".join([*lines, *(f"  Warning: {w}." for w in self.warnings), *(f"  {limit}" for limit in self.limits)])
+        return "\n".join([*lines, *(f"  Warning: {w}." for w in self.warnings), *(f"  {limit}" for limit in LIMITS)])
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -123,7 +122,6 @@ class Report:
             distortion=_number(plain["distortion"]),
             null_drift=_number(plain["null_drift"]),
             pooled_leak=None if leak is None else _number(leak),
-            limits=tuple(_text(limit) for limit in plain["limits"]),
         )
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, LowRank, lora_tensors, parse_concepts, report_edit, save_lora, solve_edit
+from conceptkit.core.edit import report as report_module
 from conceptkit.core.edit.default import Settings, _block, _null, _twin, conceptkit
 from conceptkit.core.edit.edit import single
 from conceptkit.core.edit.job import Job
@@ -33,6 +34,7 @@ NAMED = ("robin", "car", "tulip", "star", "doctor", "castle", "lemon", "circle")
 CAPTIONS = tuple(caption for one in NAMED for other in NAMED[::2] for caption in (f"a photo of a {one}", f"{other} and {one}"))
 ERASING = [name for name, method in METHODS.items() if not method.balances]
 BALANCING = [name for name, method in METHODS.items() if method.balances]
+VERSION_1 = Path(__file__).parent / "data" / "edit-version-1.safetensors"
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
@@ -64,7 +66,8 @@ def random_edit(width: int = 8, rank: int = 3, *, pooled: bool = False, gains: b
         anchors=("dog", ""),
         keep=("lion",),
         method="uce-2025",
-        settings={"ridge": 0.5, "hard": False, "with": "kitten"},
+        synonyms=(("kitten",), ()),
+        settings={"ridge": 0.5, "hard": False},
         model="0" * 64,
         report=Report((trace,), {PATH: 0.1}, (WordShift("lion", 0.1),), (), 0.01, 0.0, 0.5 if pooled else None),
     )
@@ -263,7 +266,7 @@ def test_every_part_is_saved(tmp_path, pooled, gains):
     edit.save(tmp_path / "edit.safetensors")
     found = ContextEdit.load(tmp_path / "edit.safetensors")
     assert same(edit, found)
-    for name in ("family", "gains", "concepts", "anchors", "keep", "method", "settings", "model", "report"):
+    for name in ("family", "gains", "concepts", "anchors", "synonyms", "keep", "method", "settings", "model", "report"):
         assert getattr(found, name) == getattr(edit, name), name
     assert (found.pooled is None) == (not pooled)
 
@@ -298,6 +301,83 @@ def test_composing_is_editing_the_edited_model():
         torch.testing.assert_close(weight, twice[path], rtol=1e-3, atol=1e-3)
     assert first.compose(ContextEdit.identity("sd1", 8)) is first
     assert ContextEdit.identity("sd1", 8).compose(first) is first
+
+
+def test_a_combined_edit_knows_what_either_erased():
+    first, second = random_edit(seed=1), random_edit(seed=2)
+    both = first.compose(replace(second, synonyms=((), ("cap",))))
+    assert both.concepts == first.concepts + second.concepts
+    assert both.synonyms == (("kitten",), (), (), ("cap",))
+    assert both.scale(0.5).synonyms == both.synonyms
+    assert first.compose(ContextEdit("sd1", second.context, concepts=(Concept("hat"),), anchors=("",))).synonyms == (("kitten",), (), ())
+    with pytest.raises(ValueError, match="2 concepts need as many lists of synonyms, not 1"):
+        replace(first, synonyms=(("kitten",),))
+
+
+def test_the_report_of_a_combined_edit_counts_no_erased_synonym_as_damage(model):
+    """ "disk" goes with circle here, and "red" with robin; combining must not forget it."""
+
+    def alone(concept: str, along: str) -> ContextEdit:
+        solved = solve_edit(model, [concept], captions=CAPTIONS)
+        return replace(solved, synonyms=((along,),), report=None)
+
+    both = alone("circle -> square", "disk").compose(alone("robin -> car", "red"))
+    moved = {word.word for word in report_edit(model, both, captions=CAPTIONS).neighbours}
+    assert moved and not moved & {"disk", "red", "circle", "robin"}
+    assert {"disk", "red"} <= {word.word for word in report_edit(model, replace(both, synonyms=()), captions=CAPTIONS).neighbours}
+
+
+def test_a_file_of_version_1_is_read(tmp_path):
+    """Written by version 1: what it called ``with`` are synonyms, and sentences stood in its report."""
+    edit = ContextEdit.load(VERSION_1)
+    assert edit.concepts == (Concept("cat", "dog"), Concept("hat"))
+    assert edit.synonyms == (("kitten", "cap"), ())
+    assert edit.settings == {"captions": 0.5, "seed": 0, "hard": False}
+    assert edit.context.u.tolist() == [[1.0], [0.0], [2.0], [0.0]] and edit.context.v.tolist() == [[0.0], [0.5], [0.0], [1.0]]
+    assert edit.report.concepts[1] == ConceptTrace("hat", 0.125, 0.25, 0.5, 1.0) and edit.report.kept == (WordShift("lion", 0.125),)
+    edit.save(tmp_path / "edit.safetensors")
+    assert same(ContextEdit.load(tmp_path / "edit.safetensors"), edit)
+
+
+@pytest.mark.parametrize("words", [7, ["kitten"], None])
+def test_a_file_of_version_1_is_no_more_believed_than_others(tmp_path, words):
+    path = tmp_path / "edit.safetensors"
+    path.write_bytes(VERSION_1.read_bytes())
+    rewritten(path, lambda header: header["settings"].__setitem__("with", words))
+    with pytest.raises(ArtifactError, match="make it again"):
+        ContextEdit.load(path)
+
+
+def test_another_sentence_is_no_other_edit(monkeypatch):
+    """What is shown to people is written when it is shown: no hash and no file depends on its wording."""
+    edit = random_edit()
+    before, shown = edit.content_hash(), edit.summary()
+    monkeypatch.setattr(report_module, "LIMITS", ("Another sentence.",))
+    assert replace(edit, report=Report.from_json(edit.report.to_json())).content_hash() == edit.content_hash() == before
+    assert edit.summary() != shown and "Another sentence." in edit.summary()
+    assert not [value for value in strings(edit._header()) if " " in value]
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every text of plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
+
+
+def test_an_edit_has_one_layout_wherever_it_comes_from(edit, tmp_path):
+    """Else a matrix product takes another path through the BLAS for the edit from a file, and the last bit differs."""
+    edit.save(tmp_path / "edit.safetensors")
+    made = [edit, edit.scale(0.5), edit.to("cpu"), ContextEdit.load(tmp_path / "edit.safetensors")]
+    made += [] if edit.gains else [edit.compose(edit), edit.truncate()]
+    for one in made:
+        for factor in (one.context.u, one.context.v):
+            assert (factor.stride(), factor.storage_offset()) == ((max(1, one.rank), 1), 0)
 
 
 def test_edits_that_do_not_belong_together_do_not_combine():
@@ -448,7 +528,7 @@ def refusing(path: Path) -> Iterator[None]:
         assert named, error  # noqa: PT017
 
 
-KEYS = ("family", "width", "rank", "pooled", "layers", "concepts", "anchors", "keep", "method", "settings", "model", "report")
+KEYS = ("family", "width", "rank", "pooled", "layers", "concepts", "anchors", "synonyms", "keep", "method", "settings", "model", "report")
 junk = (
     st.none()
     | st.booleans()
