@@ -305,7 +305,7 @@ def _block(job: Job, twin: _Twin, settings: Settings) -> tuple[Tensor, Tensor, T
     source, anchor = job.texts.context(twin.ours), job.texts.context(twin.theirs)
     at, instead, start, end = [], [], 1, 1
     for said, read in twin.parts:
-        count, other = (len(job.model.text.tokenize(text)) if text else 0 for text in (said, read))
+        count, other = len(job.texts.tokens(said)), len(job.texts.tokens(read))
         if said != read:
             at.append(start + count - 1)
             instead.append(end + other - 1)

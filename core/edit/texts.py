@@ -21,8 +21,9 @@ T = TypeVar("T")
 
 BATCH = 16
 """Prompts a call."""
-MEMORY = 1 << 23
-"""Bytes of contexts that are kept for another question."""
+MEMORY = 1 << 25
+"""Bytes of contexts that are kept for another question: all prompts of one concept in the demo model, half of them in SD 1.5. Encoding is
+most of what an edit costs."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Texts:
 
     encoder: TextEncoder
     encodes: int = 0
+    _ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _contexts: dict[str, Tensor] = field(default_factory=dict)
     _pooled: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -144,6 +146,12 @@ class Texts:
             self.load(prompt for item in part for prompt in prompts(item))
             yield from part
 
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """The ids of ``text``, without start and end; none of an empty one."""
+        if text not in self._ids:
+            self._ids[text] = tuple(self.encoder.tokenize(text)) if text.strip() else ()
+        return self._ids[text]
+
     def context(self, prompt: str) -> Tensor:
         """(positions, width)."""
         if prompt not in self._contexts:
@@ -160,9 +168,9 @@ class Texts:
         """``template`` with ``concept`` at its ``{}`` (an empty concept leaves the words around it), and where it stands."""
         text = fill(template, concept)
         before, _, _ = template.partition("{}")
-        ids = self.encoder.tokenize(text)
-        first = 1 + len(self.encoder.tokenize(before.strip())) if before.strip() else 1
-        last = first + (len(self.encoder.tokenize(concept)) if concept.strip() else 0) - 1
+        ids = self.tokens(text)
+        first = 1 + len(self.tokens(before.strip()))
+        last = first + len(self.tokens(concept)) - 1
         return Prompt(self.context(text), first, last, 1 + len(ids), (-1, *ids, -2), self.pooled(text))
 
 
