@@ -184,6 +184,7 @@ def test_the_same_question_has_the_same_answer(edit, model):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.law
 def test_a_file_gives_the_edit_back(edit, tmp_path, model):
     edit.save(tmp_path / "edit.safetensors")
     found = ContextEdit.load(tmp_path / "edit.safetensors")
@@ -370,6 +371,7 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(item)
 
 
+@pytest.mark.law
 def test_an_edit_has_one_layout_wherever_it_comes_from(edit, tmp_path):
     """Else a matrix product takes another path through the BLAS for the edit from a file, and the last bit differs."""
     edit.save(tmp_path / "edit.safetensors")
