@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 KEY = "conceptkit"
 """The one metadata key."""
@@ -34,6 +36,9 @@ Spec: TypeAlias = tuple[torch.dtype, tuple[int | None, ...]]
 
 Layout: TypeAlias = Callable[[Header], Mapping[str, Spec]]
 """The tensors a header promises: every one must be there, and nothing else."""
+
+Migration: TypeAlias = Callable[[Header], Header]
+"""The header of one version of a format as the next version writes it; ``version`` itself is set by the reader."""
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -139,12 +144,26 @@ def discard(path: Path) -> bool:
     return True
 
 
-def read(path: str | Path, format: str, version: int, layout: Layout) -> tuple[dict[str, Tensor], Header]:
-    """Tensors (CPU, owning their memory) and header of an artifact of this format and version.
+def row_major(tensor: Tensor) -> Tensor:
+    """``tensor`` as a file would give it back: row-major, from the start of its storage, with the strides a new tensor has.
 
-    Raises ArtifactError for a missing, truncated or hostile file, another format or version, a header that ``layout`` cannot make
-    sense of, a tensor that is missing, unexpected or of another type or shape, and NaN or infinity. Memory is bounded by the file's
-    real length, whatever its header says.
+    Matrix products take another path through the BLAS for other strides and other alignments, and then differ in the last bit. Strides of
+    dimensions of size 1 count there, too, which ``Tensor.contiguous`` leaves as they are.
+    """
+    usual = torch.empty(tensor.shape, device="meta").stride()
+    return tensor if tensor.stride() == usual and tensor.storage_offset() == 0 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def read(
+    path: str | Path, format: str, version: int, layout: Layout, migrations: Mapping[int, Migration] | None = None
+) -> tuple[dict[str, Tensor], Header]:
+    """Tensors (CPU, owning their memory) and header of an artifact of this format, the header as ``version`` writes it.
+
+    migrations: per older version that can be read, the step to the version after it. They run in turn, before ``layout`` reads the header.
+
+    Raises ArtifactError for a missing, truncated or hostile file, another format, a newer version or an older one without a migration,
+    a header that ``layout`` or a migration cannot make sense of, a tensor that is missing, unexpected or of another type or shape, and
+    NaN or infinity. Memory is bounded by the file's real length, whatever its header says.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,8 +171,8 @@ def read(path: str | Path, format: str, version: int, layout: Layout) -> tuple[d
     try:
         with safe_open(path, framework="pt") as file:
             header = _header(path, file.metadata())
-            _expect(path, header, format, version)
-            return _tensors(path, file, _promised(path, header, layout)), header
+            header = _expect(path, header, format, version, migrations or {})
+            return _tensors(path, file, _understood(path, layout, header)), header
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged or no safetensors file ({error}): copy it again, or make it again") from error
 
@@ -176,18 +195,21 @@ def _identity(header: Mapping[str, Any], of: str) -> None:
         raise ArtifactError(f"{of} names no format (text) and version (a whole number): use a header that has both")
 
 
-def _expect(path: Path, header: Header, format: str, version: int) -> None:
+def _expect(path: Path, header: Header, format: str, version: int, migrations: Mapping[int, Migration]) -> Header:
     if header["format"] != format:
         raise ArtifactError(f"{path} is a {header['format'][:80]!r}, not a {format!r}: connect or choose a file of that kind")
     if header["version"] > version:
         raise ArtifactError(f"{path} is {format} version {header['version']}, newer than {version}: update ConceptKit to read it")
-    if header["version"] < version:
-        raise ArtifactError(f"{path} is {format} version {header['version']}, older than {version}: make it again with this ConceptKit")
+    for older in range(header["version"], version):
+        if older not in migrations:
+            raise ArtifactError(f"{path} is {format} version {older}, older than {version}: make it again with this ConceptKit")
+        header = {**_understood(path, migrations[older], header), "version": older + 1}
+    return header
 
 
-def _promised(path: Path, header: Header, layout: Layout) -> Mapping[str, Spec]:
+def _understood(path: Path, reader: Callable[[Header], T], header: Header) -> T:
     try:
-        return layout(header)
+        return reader(header)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ArtifactError(f"{path} has an incomplete header ({type(error).__name__}: {error}): make it again") from error
 

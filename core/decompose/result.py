@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, read, write, write_bytes
+from ..artifact import ArtifactError, Header, Spec, content_hash, read, row_major, write, write_bytes
 from ..model import Conditioning, Prompt, TextEncoder
 from ..vocabulary import token_of
 
@@ -143,6 +143,8 @@ class Decomposition:
         inside = [word for cluster in self.clusters for word in cluster]
         if not set(inside) <= set(self.words) or len(set(inside)) < len(inside):
             raise ValueError("clusters are made of the words, each in one cluster at most")
+        object.__setattr__(self, "alpha", row_major(self.alpha))
+        object.__setattr__(self, "embeddings", {name: row_major(rows) for name, rows in self.embeddings.items()})
 
     @property
     def shares(self) -> tuple[float, ...]:

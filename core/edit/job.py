@@ -58,11 +58,12 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What a method found: maps for the context and the pooled text, the text each concept is read as, gains per layer and column, and
-    figures worth keeping."""
+    """What a method found: maps for the context and the pooled text, per concept the text it is read as and the synonyms that are erased
+    with it (none where a method looks for none), gains per layer and column, and figures worth keeping."""
 
     context: LowRank
     anchors: tuple[str, ...]
+    synonyms: tuple[tuple[str, ...], ...] = ()
     pooled: LowRank | None = None
     gains: dict[str, tuple[float, ...]] = field(default_factory=dict)
     settings: dict[str, float | str | bool] = field(default_factory=dict)

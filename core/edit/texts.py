@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from string import punctuation
 from typing import TypeVar
 
 import torch
@@ -22,8 +23,9 @@ T = TypeVar("T")
 
 BATCH = 16
 """Prompts a call."""
-MEMORY = 1 << 23
-"""Bytes of contexts that are kept for another question."""
+MEMORY = 24 << 20
+"""Bytes of contexts that are kept for another question: all prompts of one concept in the demo model, half of them in SD 1.5. Encoding is
+most of what an edit costs."""
 
 
 def check_concepts(text: TextEncoder, concepts: Sequence[Concept], keep: Sequence[str]) -> None:
@@ -51,6 +53,11 @@ def check_concepts(text: TextEncoder, concepts: Sequence[Concept], keep: Sequenc
             raise ValueError(_unknown("word to keep", word))
 
 
+def words_of(text: str) -> list[str]:
+    """The words of ``text`` in lower case, without punctuation around them."""
+    return [word for part in text.lower().split() if (word := part.strip(punctuation))]
+
+
 def _unknown(role: str, words: str) -> str:
     return f"the text encoder does not know the {role} {words!r}: check the spelling, or use a commoner word"
 
@@ -74,6 +81,7 @@ class Texts:
 
     encoder: TextEncoder
     encodes: int = 0
+    _ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _contexts: dict[str, Tensor] = field(default_factory=dict)
     _pooled: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -104,6 +112,12 @@ class Texts:
             self.load(prompt for item in part for prompt in prompts(item))
             yield from part
 
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """The ids of ``text``, without start and end; none of an empty one."""
+        if text not in self._ids:
+            self._ids[text] = tuple(self.encoder.tokenize(text)) if text.strip() else ()
+        return self._ids[text]
+
     def context(self, prompt: str) -> Tensor:
         """(positions, width)."""
         if prompt not in self._contexts:
@@ -120,9 +134,9 @@ class Texts:
         """``template`` with ``concept`` at its ``{}`` (an empty concept leaves the words around it), and where it stands."""
         text = fill(template, concept)
         before, _, _ = template.partition("{}")
-        ids = self.encoder.tokenize(text)
-        first = 1 + len(self.encoder.tokenize(before.strip())) if before.strip() else 1
-        last = first + (len(self.encoder.tokenize(concept)) if concept.strip() else 0) - 1
+        ids = self.tokens(text)
+        first = 1 + len(self.tokens(before.strip()))
+        last = first + len(self.tokens(concept)) - 1
         return Prompt(self.context(text), first, last, 1 + len(ids), (-1, *ids, -2), self.pooled(text))
 
 

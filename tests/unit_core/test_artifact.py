@@ -185,6 +185,44 @@ def test_discarding(path, monkeypatch, caplog):
     assert artifact.discard(path)
 
 
+@pytest.mark.parametrize(
+    "strided",
+    [
+        torch.arange(6.0).reshape(2, 3).T,
+        torch.arange(6.0).reshape(1, 6).T,
+        torch.arange(6.0).reshape(6, 1).T,
+        torch.arange(8.0).reshape(4, 2)[1:],
+        torch.arange(8.0).reshape(4, 2)[:, :1],
+        torch.zeros(0, 3).T,
+        torch.tensor(1.0),
+    ],
+)
+def test_a_tensor_has_the_layout_that_a_file_gives_it(tmp_path, strided):
+    laid_out = artifact.row_major(strided)
+    artifact.write(tmp_path / "a", {"x": strided}, HEADER)
+    found, _ = artifact.read(tmp_path / "a", "test", 1, lambda _: {"x": (torch.float32, tuple(strided.shape))})
+    assert torch.equal(laid_out, strided)
+    assert (laid_out.stride(), laid_out.storage_offset()) == (found["x"].stride(), 0)
+    assert artifact.row_major(laid_out) is laid_out
+
+
+def test_older_versions_are_migrated_step_by_step(path):
+    """Version 2 calls words names, too, and version 3 counts them."""
+    steps = {
+        1: lambda header: {**header, "names": header["words"]},
+        2: lambda header: {**header, "count": len(header["names"])},
+    }
+    tensors, header = artifact.read(path, "test", 3, lambda header: layout({"words": range(header["count"])}), steps)
+    assert header == {**HEADER, "version": 3, "names": HEADER["words"], "count": 2}
+    assert torch.equal(tensors["alpha"], TENSORS["alpha"])
+    with pytest.raises(ArtifactError, match=r"version 1, older than 3: make it again"):
+        artifact.read(path, "test", 3, layout, {2: steps[2]})
+    with pytest.raises(ArtifactError, match=r"version 2, older than 3: make it again"):
+        artifact.read(path, "test", 3, layout, {1: steps[1]})
+    with pytest.raises(ArtifactError, match=r"incomplete header \(KeyError: 'lost'\)"):
+        artifact.read(path, "test", 2, layout, {1: lambda header: {"words": header["lost"]}})
+
+
 def test_what_was_read_outlives_the_file(path):
     found, _ = read(path)
     path.write_bytes(bytes(path.stat().st_size))
