@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 KEY = "conceptkit"
 """The one metadata key."""
@@ -31,6 +36,9 @@ Spec: TypeAlias = tuple[torch.dtype, tuple[int | None, ...]]
 
 Layout: TypeAlias = Callable[[Header], Mapping[str, Spec]]
 """The tensors a header promises: every one must be there, and nothing else."""
+
+Migration: TypeAlias = Callable[[Header], Header]
+"""The header of one version of a format as the next version writes it; ``version`` itself is set by the reader."""
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -100,7 +108,7 @@ def write_bytes(path: str | Path, content: bytes, *, overwrite: bool = False) ->
             return
         raise ArtifactError(f"{path} exists with other content: choose another name, or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = beside(path)
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -111,12 +119,51 @@ def write_bytes(path: str | Path, content: bytes, *, overwrite: bool = False) ->
         temporary.unlink(missing_ok=True)
 
 
-def read(path: str | Path, format: str, version: int, layout: Layout) -> tuple[dict[str, Tensor], Header]:
-    """Tensors (CPU, owning their memory) and header of an artifact of this format and version.
+def beside(path: Path) -> Path:
+    """A fresh name in the same folder, for a file that is to be moved to ``path``; however long that name is, this one is short."""
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
 
-    Raises ArtifactError for a missing, truncated or hostile file, another format or version, a header that ``layout`` cannot make
-    sense of, a tensor that is missing, unexpected or of another type or shape, and NaN or infinity. Memory is bounded by the file's
-    real length, whatever its header says.
+
+def write_spare(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bool:
+    """Like ``write`` with ``overwrite``, for what can be computed again: a disk that refuses it is a warning in the log, and False."""
+    try:
+        write(path, tensors, header, overwrite=True)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): the work goes on without it", path, error.strerror or error)
+        return False
+    return True
+
+
+def discard(path: Path) -> bool:
+    """Delete a file that is no longer needed, if it is there; a disk that refuses is a warning in the log, and False."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be deleted (%s)", path, error.strerror or error)
+        return False
+    return True
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """``tensor`` as a file would give it back: row-major, from the start of its storage, with the strides a new tensor has.
+
+    Matrix products take another path through the BLAS for other strides and other alignments, and then differ in the last bit. Strides of
+    dimensions of size 1 count there, too, which ``Tensor.contiguous`` leaves as they are.
+    """
+    usual = torch.empty(tensor.shape, device="meta").stride()
+    return tensor if tensor.stride() == usual and tensor.storage_offset() == 0 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def read(
+    path: str | Path, format: str, version: int, layout: Layout, migrations: Mapping[int, Migration] | None = None
+) -> tuple[dict[str, Tensor], Header]:
+    """Tensors (CPU, owning their memory) and header of an artifact of this format, the header as ``version`` writes it.
+
+    migrations: per older version that can be read, the step to the version after it. They run in turn, before ``layout`` reads the header.
+
+    Raises ArtifactError for a missing, truncated or hostile file, another format, a newer version or an older one without a migration,
+    a header that ``layout`` or a migration cannot make sense of, a tensor that is missing, unexpected or of another type or shape, and
+    NaN or infinity. Memory is bounded by the file's real length, whatever its header says.
     """
     path = Path(path)
     if not path.is_file():
@@ -124,8 +171,8 @@ def read(path: str | Path, format: str, version: int, layout: Layout) -> tuple[d
     try:
         with safe_open(path, framework="pt") as file:
             header = _header(path, file.metadata())
-            _expect(path, header, format, version)
-            return _tensors(path, file, _promised(path, header, layout)), header
+            header = _expect(path, header, format, version, migrations or {})
+            return _tensors(path, file, _understood(path, layout, header)), header
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged or no safetensors file ({error}): copy it again, or make it again") from error
 
@@ -148,18 +195,21 @@ def _identity(header: Mapping[str, Any], of: str) -> None:
         raise ArtifactError(f"{of} names no format (text) and version (a whole number): use a header that has both")
 
 
-def _expect(path: Path, header: Header, format: str, version: int) -> None:
+def _expect(path: Path, header: Header, format: str, version: int, migrations: Mapping[int, Migration]) -> Header:
     if header["format"] != format:
         raise ArtifactError(f"{path} is a {header['format'][:80]!r}, not a {format!r}: connect or choose a file of that kind")
     if header["version"] > version:
         raise ArtifactError(f"{path} is {format} version {header['version']}, newer than {version}: update ConceptKit to read it")
-    if header["version"] < version:
-        raise ArtifactError(f"{path} is {format} version {header['version']}, older than {version}: make it again with this ConceptKit")
+    for older in range(header["version"], version):
+        if older not in migrations:
+            raise ArtifactError(f"{path} is {format} version {older}, older than {version}: make it again with this ConceptKit")
+        header = {**_understood(path, migrations[older], header), "version": older + 1}
+    return header
 
 
-def _promised(path: Path, header: Header, layout: Layout) -> Mapping[str, Spec]:
+def _understood(path: Path, reader: Callable[[Header], T], header: Header) -> T:
     try:
-        return layout(header)
+        return reader(header)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ArtifactError(f"{path} has an incomplete header ({type(error).__name__}: {error}): make it again") from error
 

@@ -179,8 +179,8 @@ def measure_ablation(model: str, world: str, method: str, concept: str, counts: 
     seconds, prompts = round(time.perf_counter() - start, 3), job.texts.encodes
     known = WORLDS[world]()
     # Known synonyms are no neighbours, whichever of them this variant finds.
-    settings = {"with": ", ".join(synonyms(known, asked.text))}
-    edit = ContextEdit(loaded.family, single(solution.context), concepts=(asked,), anchors=solution.anchors, settings=settings)
+    alike = (tuple(synonyms(known, asked.text)),)
+    edit = ContextEdit(loaded.family, single(solution.context), concepts=(asked,), anchors=solution.anchors, synonyms=alike)
     edit = replace(edit, report=report_edit(loaded, edit))
     left = left_over(job, known, edit)
     return {**_drawn(loaded, world, asked, edit, Counts(**counts), sets), "seconds": seconds, "left": left, "prompts": prompts}

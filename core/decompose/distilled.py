@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, read, write
+from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
 from ..model import Conditioning, OutOfMemory
 from .fidelity import explained, fidelity, importance, picture_seeds, sampled_states
 from .mixture import Mixture, top_k
-from .result import RELIABLE_R2, Attempt, Decomposition, fill
+from .result import Attempt, Decomposition, fill
 from .search import Evidence, Search, padded, words_of
 from .shown import Shown, show
 from .sparse import small_nnls
@@ -173,7 +173,7 @@ class _Fit:
         measured = fidelity(chosen, alpha, heldout, self.tally.report)
         evals, calls = self.tally.evals, self.tally.calls
         if task.checkpoint is not None:
-            task.checkpoint.unlink(missing_ok=True)
+            discard(task.checkpoint)
         self.tally.finish({"r2": measured.heldout})
         return Decomposition(
             concept=task.name,
@@ -382,7 +382,7 @@ class _Fit:
             "evals": self.tally.evals,
             "calls": self.tally.calls,
         }
-        write(self.task.checkpoint, tensors, header, overwrite=True)
+        write_spare(self.task.checkpoint, tensors, header)
 
     def _resume(self) -> tuple[_Progress, int, int]:
         path = self.task.checkpoint

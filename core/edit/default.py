@@ -21,11 +21,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ..phrases import Concept
 from ..vocabulary import candidates
 from .job import Job, Solution
 from .report import Adversary, distortion, trace
 from .solve import LowRank, Problem, annihilate, minimise, response
-from .texts import TEMPLATES, Concept, Prompt, common_words, fill, mentions
+from .texts import TEMPLATES, Prompt, common_words, fill, mentions
 
 FRAMES = (
     "a photo of a {} and a {0}",
@@ -148,9 +149,9 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
             )
         edit = annihilate(edit, away, replace(cost, invariant=exact))
     job.on_step(STEPS + settings.rounds, STEPS + settings.rounds, {"left": _left(edit, marks, gram)})
-    chosen |= {**asdict(settings), "hard": job.hard, "with": ", ".join(word for target in targets for word in target.synonyms)}
-    read_as = tuple(target.anchor for target in targets)
-    return Solution(edit, read_as, _pooled(job, twins, pooled_captions, settings), settings=chosen)
+    chosen |= {**asdict(settings), "hard": job.hard}
+    read_as, synonyms = tuple(target.anchor for target in targets), tuple(target.synonyms for target in targets)
+    return Solution(edit, read_as, synonyms, _pooled(job, twins, pooled_captions, settings), settings=chosen)
 
 
 def _stated(job: Job, twins: Sequence[_Twin], stay: Mapping[str, float], exact: Tensor, captions: Tensor, settings: Settings) -> Problem:
@@ -305,7 +306,7 @@ def _block(job: Job, twin: _Twin, settings: Settings) -> tuple[Tensor, Tensor, T
     source, anchor = job.texts.context(twin.ours), job.texts.context(twin.theirs)
     at, instead, start, end = [], [], 1, 1
     for said, read in twin.parts:
-        count, other = (len(job.model.text.tokenize(text)) if text else 0 for text in (said, read))
+        count, other = len(job.texts.tokens(said)), len(job.texts.tokens(read))
         if said != read:
             at.append(start + count - 1)
             instead.append(end + other - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,16 +13,21 @@ from torch import Tensor
 
 from .. import artifact
 from ..model import Conditioning, CrossAttention, Family, NonFinite
+from ..phrases import Concept
 from .layers import in_single
-from .report import Report
+from .report import LIMITS, MAX_NULL_DRIFT, MAX_SHIFT, MAX_TRACE, Report
 from .solve import LowRank
-from .texts import Concept
+from .texts import words_of
 
-FORMAT, VERSION = "conceptkit-edit", 1
+FORMAT, VERSION = "conceptkit-edit", 2
 FAMILIES: tuple[str, ...] = (*get_args(Family), "sd3", "flux")
 """Whose texts an edit may be for. SD3 and Flux (experimental) take it as conditioning only."""
-LIMITS = 1 << 16
+LARGEST = 1 << 16
 """Largest width, and largest number of columns, an edit on disk may state."""
+SHOWN = 3
+"""Concepts that one line has room for."""
+STILL = 0.5
+"""Shift below which a word still means what it meant, rather than what stands in its place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +42,13 @@ class WeightPatch:
 class ContextEdit:
     """T = I + U V^T on every text context c (rows as columns here), and so on every weight that reads it: W' = W T.
 
-    context: (width, rank) factors, float32. pooled: the same for the pooled text (SDXL), or None. gains: per layer path a factor per column
-    where it is not 1 (T_l = I + U diag(g_l) V^T). What it was solved from: concepts, anchors (the text each is read as), keep, method,
-    settings, and ``model``, the hash of the weights that read the text. Nothing is ever written into a model, so leaving the edit out
-    undoes it. Source: the common form of TIME, UCE, MACE, RECE and TRCE's closed-form edits, which share one matrix for all layers.
+    context: (width, rank) factors, float32, row-major, as a file gives them back. pooled: the same for the pooled text (SDXL), or None.
+    gains: per layer path a factor per column where it is not 1 (T_l = I + U diag(g_l) V^T). What it was solved from: concepts, and per
+    concept its anchor (the text it is read as) and its synonyms (words erased with it; left out, none has any), keep, method, settings,
+    and ``model``, the hash of the weights that read the text. Nothing is ever written into a model, so leaving the edit out undoes it.
+
+    Raises NonFinite for factors that are no numbers, ValueError unless every concept has its list of synonyms. Source: the common form of
+    TIME, UCE, MACE, RECE and TRCE's closed-form edits, which share one matrix for all layers.
     """
 
     family: str
@@ -49,6 +57,7 @@ class ContextEdit:
     gains: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     concepts: tuple[Concept, ...] = ()
     anchors: tuple[str, ...] = ()
+    synonyms: tuple[tuple[str, ...], ...] = ()
     keep: tuple[str, ...] = ()
     method: str = ""
     settings: Mapping[str, float | str | bool] = field(default_factory=dict)
@@ -56,6 +65,12 @@ class ContextEdit:
     report: Report | None = None
 
     def __post_init__(self) -> None:
+        if not self.synonyms:
+            object.__setattr__(self, "synonyms", ((),) * len(self.concepts))
+        if len(self.synonyms) != len(self.concepts):
+            raise ValueError(f"{len(self.concepts)} concepts need as many lists of synonyms, not {len(self.synonyms)}")
+        object.__setattr__(self, "context", _row_major(self.context))
+        object.__setattr__(self, "pooled", None if self.pooled is None else _row_major(self.pooled))
         for part in (self.context, self.pooled):
             if part is not None and not (torch.isfinite(part.u).all() and torch.isfinite(part.v).all()):
                 raise NonFinite("the edit holds NaN or infinity: raise the ridge, or give captions to preserve")
@@ -87,7 +102,7 @@ class ContextEdit:
     @staticmethod
     def load(path: str | Path) -> ContextEdit:
         """An edit from disk, every part of it checked. Raises ArtifactError, naming the file, for anything that ``save`` does not write."""
-        tensors, header = artifact.read(path, FORMAT, VERSION, _layout)
+        tensors, header = artifact.read(path, FORMAT, VERSION, _layout, {1: _from_version_1})
         try:
             report = None if header["report"] is None else Report.from_json(header["report"])
             concepts = tuple(
@@ -101,6 +116,7 @@ class ContextEdit:
                 gains=gains,
                 concepts=concepts,
                 anchors=tuple(header["anchors"]),
+                synonyms=tuple(map(tuple, header["synonyms"])),
                 keep=tuple(header["keep"]),
                 method=header["method"],
                 settings=header["settings"],
@@ -166,6 +182,7 @@ class ContextEdit:
             pooled=pooled,
             concepts=self.concepts + after.concepts,
             anchors=self.anchors + after.anchors,
+            synonyms=self.synonyms + after.synonyms,
             keep=tuple(dict.fromkeys(self.keep + after.keep)),
             method=self.method if self.method == after.method else f"{self.method}, {after.method}",
             settings={},
@@ -243,17 +260,74 @@ class ContextEdit:
             down[:, : self.pooled.width] = self.pooled.v.float().cpu().T
             yield path, weight, WeightPatch(weight[:, : self.pooled.width].float() @ self.pooled.u.float().cpu(), down)
 
+    def headline(self) -> str:
+        """What matters most of what the edit does, in one short line."""
+        if self.is_identity:
+            return "No edit: no concept was listed, or the strength is 0. The model stays as it is."
+        if self.report is None:
+            return "; ".join(map(str, self.concepts[:SHOWN])) or "an edit"
+        worst = sorted(self.report.concepts, key=lambda c: -c.trace)
+        left = ", ".join(f"{c.text}: {max(0.0, c.trace):.0%} left" for c in worst[:SHOWN])
+        more = f", {len(worst) - SHOWN} more" if len(worst) > SHOWN else ""
+        moved = "".join(f"; moved most: {word.word} {word.shift:.0%}" for word in self.report.neighbours[:1])
+        return f"{left}{more}{moved}"
+
     def summary(self) -> str:
         """What the edit does, in a few lines for people."""
         if self.is_identity:
-            return "No edit: nothing is changed."
+            return self.headline()
         listed = [
             f"{concept} (read as {anchor!r})" if concept.replacement is None and anchor.strip() else str(concept)
             for concept, anchor in zip(self.concepts, self.anchors, strict=True)
         ]
         names = ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
         lines = [f"{names or 'an edit'}: method {self.method}, rank {self.rank}" + (f" + {self.pooled.rank} pooled" if self.pooled else "")]
-        return "\n".join(lines + ([] if self.report is None else [self.report.summary()]))
+        if self.report is not None:
+            lines += [self.report.summary(), *(f"  Warning: {w}." for w in self.warnings), *(f"  {limit}" for limit in LIMITS)]
+        return "\n".join(lines)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know before relying on the edit, as sentences that say what can still be changed; none without a report.
+
+        Where nothing of it can be, there is no warning: the figures are in the report all the same.
+        """
+        report = self.report
+        if report is None:
+            return ()
+        found = [
+            f"the model was not trained on {word!r}: neither erasing it nor its figures mean much; use a word it knows"
+            for word in report.unknown
+        ]
+        for concept in self.concepts:
+            alone = [part.word for part in report.parts if part.shift < STILL and part.word in words_of(concept.text)]
+            if alone:
+                words = ", ".join(map(repr, alone))
+                found.append(f"{concept.text!r} is erased as one phrase; {words} alone still means what it did: list it apart to erase it")
+        stronger, gentler = self._stronger(), self._gentler()
+        left = [(f"{c.text!r} may still be generated ({c.trace:.0%} of it is left)", c.trace, stronger) for c in report.concepts]
+        if report.pooled_leak is not None:
+            label = f"the pooled text still says the concept ({report.pooled_leak:.0%})"
+            left.append((label, report.pooled_leak, ["use the method conceptkit, which edits it too"] if self.pooled is None else stronger))
+        found += [f"{what}: {_either(advice)}" for what, trace, advice in left if trace > MAX_TRACE and advice]
+        found += [f"{w.word!r} was to be kept and moves by {w.shift:.0%}: {gentler}" for w in report.kept if w.shift > MAX_SHIFT]
+        if report.null_drift > MAX_NULL_DRIFT and not self.gains:
+            found.append(f"the empty prompt moves by {report.null_drift:.1%}: if that shows, edit the positive conditioning alone")
+        return tuple(found)
+
+    def _stronger(self) -> list[str]:
+        """What would leave less of the concepts."""
+        default = self.method == "conceptkit"
+        advice = ["raise the strength to 1"] if float(self.settings.get("strength", 1.0)) < 1 else []
+        advice += ["keep fewer words"] if self.keep else []
+        advice += [] if default else ["use the method conceptkit"]
+        advice += ["turn on hard"] if default and self.settings.get("hard") is False else []
+        return advice
+
+    def _gentler(self) -> str:
+        """What would move other words less."""
+        advice = ["turn off hard"] if self.settings.get("hard") is True else []
+        return _either([*advice, *(["erase fewer concepts at once"] if len(self.concepts) > 1 else []), "lower the strength"])
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"context.u": self.context.u, "context.v": self.context.v}
@@ -276,6 +350,7 @@ class ContextEdit:
                 {"text": c.text, "replacement": c.replacement, "attributes": [list(a) for a in c.attributes]} for c in self.concepts
             ],
             "anchors": list(self.anchors),
+            "synonyms": [list(words) for words in self.synonyms],
             "keep": list(self.keep),
             "method": self.method,
             "settings": dict(self.settings),
@@ -287,12 +362,13 @@ class ContextEdit:
 def _layout(header: artifact.Header) -> Mapping[str, artifact.Spec]:
     texts = [header["family"], header["method"], header["model"], *header["layers"], *header["keep"], *header["anchors"]]
     texts += [c["text"] for c in header["concepts"]] + [c["replacement"] for c in header["concepts"] if c["replacement"] is not None]
+    texts += [word for words in header["synonyms"] for word in words]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("a text is expected where another value stands")
     if header["family"] not in FAMILIES:
         raise ValueError(f"unknown model family {header['family'][:40]!r}")
-    if len(header["anchors"]) != len(header["concepts"]):
-        raise ValueError("concepts and anchors differ in number")
+    if not len(header["anchors"]) == len(header["synonyms"]) == len(header["concepts"]):
+        raise ValueError("concepts, anchors and lists of synonyms differ in number")
     settings = header["settings"]
     if not isinstance(settings, dict) or not all(isinstance(value, (bool, int, float, str)) for value in settings.values()):
         raise TypeError("settings must be numbers, texts or booleans")
@@ -312,8 +388,23 @@ def _layout(header: artifact.Header) -> Mapping[str, artifact.Spec]:
     return specs
 
 
+def _from_version_1(header: artifact.Header) -> artifact.Header:
+    """Version 1 joined the synonyms of all concepts into one setting, ``with``, and stored the report's ``limits``, which are no data.
+
+    Which of several concepts a synonym belonged to was not stored: the first is given all of them, so that the report still knows them.
+    """
+    settings, report = dict(header["settings"]), header["report"]
+    words = [word for word in settings.pop("with", "").split(", ") if word]
+    synonyms: list[list[str]] = [[] for _ in header["concepts"]]
+    if words:
+        synonyms[0] = words
+    if report is not None:
+        report = {name: value for name, value in report.items() if name != "limits"} | {"parts": [], "unknown": []}
+    return {**header, "settings": settings, "synonyms": synonyms, "report": report}
+
+
 def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= LIMITS:
+    if type(value) is not int or not 0 <= value <= LARGEST:
         raise ValueError(f"{value!r} is no size")
     return value
 
@@ -324,6 +415,15 @@ def single(part: LowRank) -> LowRank:
     sizes = torch.stack([u.abs().amax(0), v.abs().amax(0)]).clamp_min(torch.finfo(torch.float64).tiny) if part.rank else u.new_ones(2, 0)
     scale = torch.exp2(((sizes[0].log2() - sizes[1].log2()) / 2).round())
     return LowRank((u / scale).float(), (v * scale).float())
+
+
+def _either(advice: Sequence[str]) -> str:
+    """Advice as one phrase: one or another of it helps."""
+    return ", or ".join(advice)
+
+
+def _row_major(part: LowRank) -> LowRank:
+    return LowRank(artifact.row_major(part.u), artifact.row_major(part.v))
 
 
 def _double(part: LowRank) -> LowRank:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..model import Model, NonFinite
+from ..phrases import Concept, parse_concepts, parse_list
 from ..progress import OnStep, silent
-from ..vocabulary import candidates
+from ..vocabulary import STOP_WORDS, candidates, is_known, stem
 from .default import conceptkit
 from .edit import ContextEdit, single
 from .job import Job
@@ -20,7 +21,7 @@ from .layers import cross_attention, in_single
 from .presets import PRESETS, Preset
 from .report import Adversary, ConceptTrace, Report, WordShift, distortion, shift, trace
 from .solve import LowRank
-from .texts import Concept, check_concepts, common_words, fill, parse_concepts
+from .texts import check_concepts, common_words, fill, words_of
 
 METHODS: Mapping[str, Preset] = {
     "conceptkit": Preset(
@@ -46,7 +47,7 @@ def solve_edit(
     model: Model,
     concepts: str | Sequence[Concept | str],
     *,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     method: str = "conceptkit",
     strength: float = 1.0,
     hard: bool = False,
@@ -57,21 +58,22 @@ def solve_edit(
 ) -> ContextEdit:
     """The edit that erases ``concepts`` (or puts their replacements in their place), solved jointly, with its report.
 
-    concepts: one a line or an item, "circle" or "circle -> square". keep: words that must stay as they are. hard (conceptkit only): no
+    concepts: "circle" or "circle -> square", as `parse_concepts` reads them. keep: words that must stay as they are, a sequence or a str as
+    `parse_list` reads it. hard (conceptkit only): no
     embedding at all is read as exactly a concept. captions: texts that must keep their meaning, the pack's own by default. cache: a folder
     for what depends on the checkpoint alone. Strength 0 or no concepts give the identity. Nothing in the model is changed.
 
     Raises ValueError for concepts that cannot be meant, an unknown method or a singular system, UnsupportedModel for a model whose weights
     cannot be read, NonFinite when anything comes out as NaN or infinity, and whatever ``on_step`` raises.
     """
-    listed = parse_concepts(concepts) if isinstance(concepts, str) else tuple(_concept(c) for c in concepts)
+    listed = parse_concepts(concepts)
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
     if hard and method != "conceptkit":
         raise ValueError(f"hard erasing is part of the method 'conceptkit' and {method!r} has none: choose that method, or turn hard off")
     if not math.isfinite(strength):
         raise ValueError(f"the strength is {strength}: give a number, 0 for no edit and 1 for the whole")
-    keep = tuple(keep)
+    keep = parse_list(keep)
     check_concepts(model.text, listed, keep)
     job = Job(model, listed, keep, captions, cache, seed, hard, on_step)
     if not listed or strength == 0:
@@ -90,6 +92,7 @@ def solve_edit(
         gains=solution.gains,
         concepts=listed,
         anchors=solution.anchors,
+        synonyms=solution.synonyms,
         keep=keep,
         method=method,
         settings={**solution.settings, "seed": seed},
@@ -106,18 +109,12 @@ def report_edit(model: Model, edit: ContextEdit, *, captions: Sequence[str] | No
     return _measure(job, edit)
 
 
-def _concept(item: Concept | str) -> Concept:
-    if isinstance(item, Concept):
-        return item
-    found = parse_concepts([item])
-    return found[0]
-
-
 def _measure(job: Job, edit: ContextEdit) -> Report:
     found = LowRank(edit.context.u.double().cpu(), edit.context.v.double().cpu())
     gram, covariance = job.gram.matrix, job.corpus.covariance
-    near = _near(job, str(edit.settings.get("with", "")).split(", "))
-    job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near))
+    near = _near(job, [word for words in edit.synonyms for word in words])
+    parts = _parts(job)
+    job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near, *parts))
     marks = [_marks(job, concept.text, anchor) for concept, anchor in zip(edit.concepts, edit.anchors, strict=True)]
     adversary = Adversary(found, gram, covariance)
     layers, highest = _by_layer(job, edit, marks)
@@ -131,7 +128,7 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
         )
         for i, (concept, (c, a)) in enumerate(zip(job.concepts, marks, strict=True))
     )
-    shifts = {word: shift(found, *_marks(job, word, ""), gram) for word in (*job.keep, *near)}
+    shifts = {word: shift(found, *_marks(job, word, ""), gram) for word in (*job.keep, *near, *parts)}
     neighbours = sorted((WordShift(word, shifts[word]) for word in near), key=lambda w: (-w.shift, w.word))
     null = job.texts.context("").T
     return Report(
@@ -142,6 +139,8 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
         distortion=distortion(found, covariance, gram),
         null_drift=max(shift(found, x[:, None], torch.zeros_like(x[:, None]), gram) for x in null.T),
         pooled_leak=_pooled_leak(job, edit),
+        parts=tuple(WordShift(word, shifts[word]) for word in parts),
+        unknown=_unknown(job),
     )
 
 
@@ -160,6 +159,23 @@ def _near(job: Job, along: Sequence[str]) -> tuple[str, ...]:
         pool = candidates(job.model.text, concept.text, limit=each + len(said), words=common_words(job.model), keep_concept=True)
         words |= dict.fromkeys([word for word in pool if word not in said][:each])
     return tuple(words)
+
+
+def _parts(job: Job) -> tuple[str, ...]:
+    """The words of concepts of several words, but for those that only place and relate things."""
+    phrases = [words_of(concept.text) for concept in job.concepts]
+    erased = {word for phrase in phrases if len(phrase) == 1 for word in phrase}
+    words = dict.fromkeys(word for phrase in phrases if len(phrase) > 1 for word in phrase)
+    return tuple(word for word in words if word not in STOP_WORDS and word not in erased and is_known(job.model.text, word))
+
+
+def _unknown(job: Job) -> tuple[str, ...]:
+    """Words of the concepts that are not among those the model knows, where it says which it knows."""
+    if job.model.words is None:
+        return ()
+    known = {stem(word) for word in job.model.words}
+    words = dict.fromkeys(word for concept in job.concepts for word in words_of(concept.text) if word not in STOP_WORDS)
+    return tuple(word for word in words if stem(word) not in known)
 
 
 def _by_layer(job: Job, edit: ContextEdit, marks: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], list[float]]:

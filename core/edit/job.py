@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from ..model import Model
+from ..phrases import Concept
 from ..progress import OnStep, silent
 from .layers import Gram, gram
 from .solve import LowRank
-from .texts import Concept, Corpus, Texts, caption_corpus, corpus
+from .texts import Corpus, Texts, caption_corpus, corpus
 
 
 @dataclass(eq=False)
@@ -29,6 +30,8 @@ class Job:
     texts: Texts = field(init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.captions, str):
+            raise ValueError("captions is one text, and would be read letter by letter: give a list of texts")
         self.texts = Texts(self.model.text)
 
     @property
@@ -55,11 +58,12 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What a method found: maps for the context and the pooled text, the text each concept is read as, gains per layer and column, and
-    figures worth keeping."""
+    """What a method found: maps for the context and the pooled text, per concept the text it is read as and the synonyms that are erased
+    with it (none where a method looks for none), gains per layer and column, and figures worth keeping."""
 
     context: LowRank
     anchors: tuple[str, ...]
+    synonyms: tuple[tuple[str, ...], ...] = ()
     pooled: LowRank | None = None
     gains: dict[str, tuple[float, ...]] = field(default_factory=dict)
     settings: dict[str, float | str | bool] = field(default_factory=dict)

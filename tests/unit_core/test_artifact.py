@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -143,6 +146,81 @@ def test_a_failed_write_leaves_nothing(path, monkeypatch):
         artifact.write(path, TENSORS, {**HEADER, "share": 0.3}, overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert path.read_bytes() == before
+
+
+def test_a_name_may_be_as_long_as_file_systems_take(tmp_path):
+    path = tmp_path / ("v" * 243 + ".safetensors")
+    artifact.write(path, TENSORS, HEADER)
+    assert read(path)[1] == HEADER
+
+
+def refusing(number: int):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_what_can_be_computed_again_need_not_be_written(tmp_path, monkeypatch, caplog, number):
+    monkeypatch.setattr(artifact.os, "fsync", refusing(number))
+    assert not artifact.write_spare(tmp_path / "a", TENSORS, HEADER)
+    assert os.strerror(number) in caplog.text and str(tmp_path / "a") in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ArtifactError, match="NaN"):  # which is no matter of the disk
+        artifact.write_spare(tmp_path / "a", {"alpha": torch.tensor(math.nan)}, HEADER)
+
+
+def test_a_folder_that_is_none_is_a_warning(path, caplog):
+    assert not artifact.write_spare(path / "below" / "a", TENSORS, HEADER)
+    assert "the work goes on without it" in caplog.text
+
+
+def test_discarding(path, monkeypatch, caplog):
+    monkeypatch.setattr(Path, "unlink", refusing(errno.EROFS))
+    assert not artifact.discard(path)
+    assert f"{path} cannot be deleted" in caplog.text
+    monkeypatch.undo()
+    assert artifact.discard(path) and not path.exists()
+    assert artifact.discard(path)
+
+
+@pytest.mark.parametrize(
+    "strided",
+    [
+        torch.arange(6.0).reshape(2, 3).T,
+        torch.arange(6.0).reshape(1, 6).T,
+        torch.arange(6.0).reshape(6, 1).T,
+        torch.arange(8.0).reshape(4, 2)[1:],
+        torch.arange(8.0).reshape(4, 2)[:, :1],
+        torch.zeros(0, 3).T,
+        torch.tensor(1.0),
+    ],
+)
+def test_a_tensor_has_the_layout_that_a_file_gives_it(tmp_path, strided):
+    laid_out = artifact.row_major(strided)
+    artifact.write(tmp_path / "a", {"x": strided}, HEADER)
+    found, _ = artifact.read(tmp_path / "a", "test", 1, lambda _: {"x": (torch.float32, tuple(strided.shape))})
+    assert torch.equal(laid_out, strided)
+    assert (laid_out.stride(), laid_out.storage_offset()) == (found["x"].stride(), 0)
+    assert artifact.row_major(laid_out) is laid_out
+
+
+def test_older_versions_are_migrated_step_by_step(path):
+    """Version 2 calls words names, too, and version 3 counts them."""
+    steps = {
+        1: lambda header: {**header, "names": header["words"]},
+        2: lambda header: {**header, "count": len(header["names"])},
+    }
+    tensors, header = artifact.read(path, "test", 3, lambda header: layout({"words": range(header["count"])}), steps)
+    assert header == {**HEADER, "version": 3, "names": HEADER["words"], "count": 2}
+    assert torch.equal(tensors["alpha"], TENSORS["alpha"])
+    with pytest.raises(ArtifactError, match=r"version 1, older than 3: make it again"):
+        artifact.read(path, "test", 3, layout, {2: steps[2]})
+    with pytest.raises(ArtifactError, match=r"version 2, older than 3: make it again"):
+        artifact.read(path, "test", 3, layout, {1: steps[1]})
+    with pytest.raises(ArtifactError, match=r"incomplete header \(KeyError: 'lost'\)"):
+        artifact.read(path, "test", 2, layout, {1: lambda header: {"words": header["lost"]}})
 
 
 def test_what_was_read_outlives_the_file(path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, LowRank, lora_tensors, parse_concepts, report_edit, save_lora, solve_edit
+from conceptkit.core.edit import texts as texts_module
 from conceptkit.core.edit.default import Settings, _block, _null, _twin, conceptkit
 from conceptkit.core.edit.edit import single
 from conceptkit.core.edit.job import Job
@@ -33,6 +34,7 @@ NAMED = ("robin", "car", "tulip", "star", "doctor", "castle", "lemon", "circle")
 CAPTIONS = tuple(caption for one in NAMED for other in NAMED[::2] for caption in (f"a photo of a {one}", f"{other} and {one}"))
 ERASING = [name for name, method in METHODS.items() if not method.balances]
 BALANCING = [name for name, method in METHODS.items() if method.balances]
+VERSION_1 = Path(__file__).parent / "data" / "edit-version-1.safetensors"
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
@@ -64,7 +66,8 @@ def random_edit(width: int = 8, rank: int = 3, *, pooled: bool = False, gains: b
         anchors=("dog", ""),
         keep=("lion",),
         method="uce-2025",
-        settings={"ridge": 0.5, "hard": False, "with": "kitten"},
+        synonyms=(("kitten",), ()),
+        settings={"ridge": 0.5, "hard": False},
         model="0" * 64,
         report=Report((trace,), {PATH: 0.1}, (WordShift("lion", 0.1),), (), 0.01, 0.0, 0.5 if pooled else None),
     )
@@ -181,6 +184,7 @@ def test_the_same_question_has_the_same_answer(edit, model):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.law
 def test_a_file_gives_the_edit_back(edit, tmp_path, model):
     edit.save(tmp_path / "edit.safetensors")
     found = ContextEdit.load(tmp_path / "edit.safetensors")
@@ -202,6 +206,23 @@ def test_strength_0_and_no_concepts_are_the_identity(edit, model, tmp_path):
         nothing.save(tmp_path / f"{nothing.content_hash()}.safetensors")
         with pytest.raises(ValueError, match="changes nothing"):
             lora_tensors(nothing, model.cross_attention)
+
+
+def test_a_text_is_the_list_it_names(model):
+    """However it is typed, and never letter by letter."""
+    asked = {"method": "uce-2025", "captions": CAPTIONS}
+    whole = solve_edit(model, ["circle -> ring", "square"], keep=["red", "robin"], **asked)
+    for concepts, keep in (("circle -> ring, Square", "red; robin"), ("circle -> ring\n\nsquare # a box\nsquare", "red\nRed, robin")):
+        found = solve_edit(model, concepts, keep=keep, **asked)
+        assert found.keep == ("red", "robin") and [str(concept).lower() for concept in found.concepts] == ["circle -> ring", "square"]
+        assert torch.equal(found.context.u, whole.context.u) and torch.equal(found.context.v, whole.context.v)
+
+
+@pytest.mark.parametrize("concepts", ["", " \n,; # circle", [], [""]])
+def test_an_empty_list_is_no_error_and_says_so(model, concepts):
+    nothing = solve_edit(model, concepts, keep="", captions=CAPTIONS)
+    assert nothing.is_identity and nothing.concepts == ()
+    assert nothing.summary() == "No edit: no concept was listed, or the strength is 0. The model stays as it is."
 
 
 def test_half_the_strength_is_half_the_change(edit, model):
@@ -263,7 +284,7 @@ def test_every_part_is_saved(tmp_path, pooled, gains):
     edit.save(tmp_path / "edit.safetensors")
     found = ContextEdit.load(tmp_path / "edit.safetensors")
     assert same(edit, found)
-    for name in ("family", "gains", "concepts", "anchors", "keep", "method", "settings", "model", "report"):
+    for name in ("family", "gains", "concepts", "anchors", "synonyms", "keep", "method", "settings", "model", "report"):
         assert getattr(found, name) == getattr(edit, name), name
     assert (found.pooled is None) == (not pooled)
 
@@ -298,6 +319,142 @@ def test_composing_is_editing_the_edited_model():
         torch.testing.assert_close(weight, twice[path], rtol=1e-3, atol=1e-3)
     assert first.compose(ContextEdit.identity("sd1", 8)) is first
     assert ContextEdit.identity("sd1", 8).compose(first) is first
+
+
+def test_a_combined_edit_knows_what_either_erased():
+    first, second = random_edit(seed=1), random_edit(seed=2)
+    both = first.compose(replace(second, synonyms=((), ("cap",))))
+    assert both.concepts == first.concepts + second.concepts
+    assert both.synonyms == (("kitten",), (), (), ("cap",))
+    assert both.scale(0.5).synonyms == both.synonyms
+    assert first.compose(ContextEdit("sd1", second.context, concepts=(Concept("hat"),), anchors=("",))).synonyms == (("kitten",), (), ())
+    with pytest.raises(ValueError, match="2 concepts need as many lists of synonyms, not 1"):
+        replace(first, synonyms=(("kitten",),))
+
+
+def test_the_report_of_a_combined_edit_counts_no_erased_synonym_as_damage(model):
+    """ "disk" goes with circle here, and "red" with robin; combining must not forget it."""
+
+    def alone(concept: str, along: str) -> ContextEdit:
+        solved = solve_edit(model, [concept], captions=CAPTIONS)
+        return replace(solved, synonyms=((along,),), report=None)
+
+    both = alone("circle -> square", "disk").compose(alone("robin -> car", "red"))
+    moved = {word.word for word in report_edit(model, both, captions=CAPTIONS).neighbours}
+    assert moved and not moved & {"disk", "red", "circle", "robin"}
+    assert {"disk", "red"} <= {word.word for word in report_edit(model, replace(both, synonyms=()), captions=CAPTIONS).neighbours}
+
+
+def test_a_file_of_version_1_is_read(tmp_path):
+    """Written by version 1: what it called ``with`` are synonyms, and sentences stood in its report."""
+    edit = ContextEdit.load(VERSION_1)
+    assert edit.concepts == (Concept("cat", "dog"), Concept("hat"))
+    assert edit.synonyms == (("kitten", "cap"), ())
+    assert edit.settings == {"captions": 0.5, "seed": 0, "hard": False}
+    assert edit.context.u.tolist() == [[1.0], [0.0], [2.0], [0.0]] and edit.context.v.tolist() == [[0.0], [0.5], [0.0], [1.0]]
+    assert edit.report.concepts[1] == ConceptTrace("hat", 0.125, 0.25, 0.5, 1.0) and edit.report.kept == (WordShift("lion", 0.125),)
+    edit.save(tmp_path / "edit.safetensors")
+    assert same(ContextEdit.load(tmp_path / "edit.safetensors"), edit)
+
+
+@pytest.mark.parametrize("words", [7, ["kitten"], None])
+def test_a_file_of_version_1_is_no_more_believed_than_others(tmp_path, words):
+    path = tmp_path / "edit.safetensors"
+    path.write_bytes(VERSION_1.read_bytes())
+    rewritten(path, lambda header: header["settings"].__setitem__("with", words))
+    with pytest.raises(ArtifactError, match="make it again"):
+        ContextEdit.load(path)
+
+
+def test_another_sentence_is_no_other_edit(monkeypatch):
+    """What is shown to people is written when it is shown: no hash and no file depends on its wording."""
+    edit = random_edit()
+    before, shown = edit.content_hash(), edit.summary()
+    monkeypatch.setattr("conceptkit.core.edit.edit.LIMITS", ("Another sentence.",))
+    assert replace(edit, report=Report.from_json(edit.report.to_json())).content_hash() == edit.content_hash() == before
+    assert edit.summary() != shown and "Another sentence." in edit.summary()
+    assert not [value for value in strings(edit._header()) if " " in value]
+
+
+def test_a_warning_names_what_can_still_be_changed():
+    """Each advice where it can be followed, and no warning where none can: the figures are shown all the same."""
+    edit = random_edit()
+    left = replace(edit.report, concepts=(ConceptTrace("cat", 0.4, 0.5, 0.5, 1.0),), kept=(WordShift("lion", 0.4),), pooled_leak=None)
+    whole = replace(edit, report=left, keep=(), method="conceptkit", concepts=edit.concepts[:1], anchors=("dog",), synonyms=((),))
+
+    def said(about: str, **changes: object) -> list[str]:
+        return [warning for warning in replace(whole, **changes).warnings if about in warning]
+
+    (one,) = said("'cat' may still be generated (40% of it is left)")
+    assert one.endswith(": turn on hard")
+    assert said("'cat'", settings={"hard": True}) == []
+    (one,) = said("'cat'", settings={"hard": True, "strength": 0.5}, keep=("lion",))
+    assert one.endswith(": raise the strength to 1, or keep fewer words")
+    (one,) = said("'cat'", method="time")
+    assert one.endswith(": use the method conceptkit")
+    assert said("'lion'") == ["'lion' was to be kept and moves by 40%: lower the strength"]
+    (one,) = said("'lion'", settings={"hard": True}, concepts=edit.concepts, anchors=edit.anchors, synonyms=())
+    assert one.endswith(": turn off hard, or erase fewer concepts at once, or lower the strength")
+    assert replace(whole, report=None).warnings == ()
+    assert "40.0% left" in replace(whole, settings={"hard": True}).summary()
+    drifting = replace(whole, report=replace(left, null_drift=0.05))
+    assert any("empty prompt" in warning for warning in drifting.warnings)
+    assert not any("empty prompt" in warning for warning in replace(drifting, gains={PATH: (1.0,) * 3}).warnings)
+
+
+def test_a_phrase_that_names_several_things_is_said_to_be_one(model):
+    """Erasing "circle square" erases neither: whoever means two concepts is told."""
+    phrase = solve_edit(model, [Concept("circle, square", "car")], method="uce-2025", captions=CAPTIONS)
+    assert [part.word for part in phrase.report.parts] == ["circle", "square"]
+    one = replace(phrase.report, parts=(WordShift("circle", 0.1), WordShift("square", 0.2)))
+    (warning,) = [warning for warning in replace(phrase, report=one).warnings if "phrase" in warning]
+    assert warning.startswith("'circle, square' is erased as one phrase; 'circle', 'square' alone")
+    both = replace(one, parts=(WordShift("circle", 0.9), WordShift("square", 0.9)))
+    assert not any("phrase" in warning for warning in replace(phrase, report=both).warnings)
+    apart = solve_edit(model, ["circle", "a red circle"], method="uce-2025", captions=CAPTIONS)
+    assert [part.word for part in apart.report.parts] == ["red"]
+
+
+def test_a_word_the_model_was_not_trained_on_is_named(model):
+    edit = solve_edit(model, ["lemon -> circle"], method="uce-2025", captions=CAPTIONS)
+    assert edit.report.unknown == ("lemon",) and "not trained on 'lemon'" in edit.warnings[0]
+    assert solve_edit(replace(model, words=None), ["lemon"], method="uce-2025", captions=CAPTIONS).report.unknown == ()
+    assert solve_edit(model, ["circles"], method="uce-2025", captions=CAPTIONS).report.unknown == ()
+
+
+def test_the_headline_says_what_matters():
+    edit = random_edit()
+    traces = tuple(ConceptTrace(name, left, 1.0, 1.0, 1.0) for name, left in (("a", -0.1), ("b", 0.3), ("c", 0.1), ("d", 0.2)))
+    report = replace(edit.report, concepts=traces, neighbours=(WordShift("cross", 0.25), WordShift("ring", 0.1)))
+    shown = replace(edit, report=replace(report, concepts=traces[2:3])).headline()
+    assert shown == "c: 10% left; moved most: cross 25%"
+    assert replace(edit, report=report).headline() == "b: 30% left, d: 20% left, c: 10% left, 1 more; moved most: cross 25%"
+    assert replace(edit, report=replace(report, concepts=traces[:1], neighbours=())).headline() == "a: 0% left"
+    assert replace(edit, report=None).headline() == "cat -> dog; hat"
+    assert edit.scale(0).headline() == edit.scale(0).summary()
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every text of plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
+
+
+@pytest.mark.law
+def test_an_edit_has_one_layout_wherever_it_comes_from(edit, tmp_path):
+    """Else a matrix product takes another path through the BLAS for the edit from a file, and the last bit differs."""
+    edit.save(tmp_path / "edit.safetensors")
+    made = [edit, edit.scale(0.5), edit.to("cpu"), ContextEdit.load(tmp_path / "edit.safetensors")]
+    made += [] if edit.gains else [edit.compose(edit), edit.truncate()]
+    for one in made:
+        for factor in (one.context.u, one.context.v):
+            assert (factor.stride(), factor.storage_offset()) == ((max(1, one.rank), 1), 0)
 
 
 def test_edits_that_do_not_belong_together_do_not_combine():
@@ -339,10 +496,10 @@ def test_dtypes_and_devices_of_the_caller_stay():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("circle\n\nsquare", "line 2 names no concept"),
-        ("circle ->", "must read"),
-        ("-> square", "names no concept"),
-        ("a -> b -> c", "must read"),
+        ("circle ->", "'circle ->': write 'concept -> replacement'"),
+        ("red\n\n-> square", "line 3, '-> square': write"),
+        ("a -> b -> c", "'a -> b -> c': write"),
+        ("circle, Circle -> square", "listed twice"),
     ],
 )
 def test_lines_that_make_no_sense(lines, message):
@@ -351,7 +508,7 @@ def test_lines_that_make_no_sense(lines, message):
 
 
 def test_lines_that_do():
-    assert parse_concepts("circle -> square\n red \n") == (Concept("circle", "square"), Concept("red"))
+    assert parse_concepts("circle -> square\n\n red, Red \n") == (Concept("circle", "square"), Concept("red"))
     assert parse_concepts(" \n") == ()
 
 
@@ -360,12 +517,14 @@ def test_lines_that_do():
     [
         (["circle -> Circle"], {}, "replaced by itself"),
         (["circle"], {"keep": ["circle"]}, "erased and kept"),
-        (["circle", "Circle"], {}, "listed twice"),
+        (["circle -> ring, Circle"], {}, "listed twice"),
         (["circle -> robin", "robin"], {}, "is erased itself"),
         (["\u20e3\u20e3"], {}, "does not know the concept"),
         (["circle -> \u20e3"], {}, "does not know the replacement"),
-        (["circle", " "], {}, "names no concept"),
-        (["circle"], {"keep": [""]}, "keep list"),
+        ([Concept("circle"), Concept(" ")], {}, "an empty text is no concept"),
+        ("circle", {"keep": "ring, Circle"}, "erased and kept"),
+        ("circle", {"keep": "ring -> moon"}, "'ring -> moon': an arrow has no meaning"),
+        ("circle", {"captions": "a photo"}, "give a list of texts"),
         (["circle"], {"keep": ["car", "\u20e3"]}, "does not know the word to keep"),
         (["circle"], {"method": "magic"}, "choose one of conceptkit"),
         (["circle"], {"method": "uce-2025", "hard": True}, "turn hard off"),
@@ -448,7 +607,7 @@ def refusing(path: Path) -> Iterator[None]:
         assert named, error  # noqa: PT017
 
 
-KEYS = ("family", "width", "rank", "pooled", "layers", "concepts", "anchors", "keep", "method", "settings", "model", "report")
+KEYS = ("family", "width", "rank", "pooled", "layers", "concepts", "anchors", "synonyms", "keep", "method", "settings", "model", "report")
 junk = (
     st.none()
     | st.booleans()
@@ -535,7 +694,7 @@ def test_the_pooled_text_of_sdxl_is_erased_too():
     """The known failure of editing to_k and to_v alone: "cat" stays in the pooled text."""
     alone = solve_edit(sdxl(), ["cat -> sofa"], method="uce-2025")
     assert alone.report.pooled_leak == pytest.approx(1.0)
-    assert any("pooled" in warning for warning in alone.report.warnings)
+    assert any("pooled" in warning and "method conceptkit" in warning for warning in alone.warnings)
     whole = solve_edit(sdxl(), ["cat -> sofa"])
     assert whole.report.pooled_leak < 0.2
     assert whole.pooled.rank > 0
@@ -588,6 +747,51 @@ def test_texts_are_read_ahead_in_order(model):
     for number in texts.ahead(range(7), lambda number: [f"a {number}", "a car"], 3):
         asked.append((number, texts.encodes))
     assert asked == [(0, 4), (1, 4), (2, 4), (3, 7), (4, 7), (5, 7), (6, 8)]
+
+
+class Counting:
+    """A text encoder that notes what it is asked."""
+
+    def __init__(self, text: object) -> None:
+        self._text, self.prompts, self.tokenized = text, [], []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._text, name)
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        self.prompts += prompts
+        return self._text.encode(prompts)
+
+    def tokenize(self, text: str) -> list[int]:
+        self.tokenized.append(text)
+        return self._text.tokenize(text)
+
+
+def test_nothing_is_encoded_or_tokenised_twice_where_it_fits_in_memory(model, tmp_path):
+    """But for the captions, whose second moments must not depend on what else was encoded: once a checkpoint."""
+    text = Counting(model.text)
+    solve_edit(replace(model, text=text), ["circle"], captions=CAPTIONS, cache=tmp_path)
+    text.prompts.clear()
+    edit = solve_edit(replace(model, text=text), ["circle"], captions=CAPTIONS, cache=tmp_path)
+    assert edit.report and len(text.prompts) == len(set(text.prompts))
+    text.tokenized.clear()
+    texts = Texts(text)
+    for template in ("{}", "a {}", "a {}"):
+        texts.prompt(template, "car")
+    assert sorted(text.tokenized) == ["a", "a car", "car"]
+
+
+def test_an_edit_is_the_same_whatever_fits_in_memory(model, monkeypatch):
+    """To rounding: what is encoded beside a prompt may change its last bit."""
+    whole = solve_edit(model, ["circle -> square", "robin"], captions=CAPTIONS)
+    monkeypatch.setattr(texts_module, "MEMORY", 1)
+    monkeypatch.setattr(texts_module, "BATCH", 3)
+    part = solve_edit(model, ["circle -> square", "robin"], captions=CAPTIONS)
+    assert (part.anchors, part.synonyms, part.rank) == (whole.anchors, whole.synonyms, whole.rank)
+    difference = matrix(part.context) - matrix(whole.context)
+    assert float(difference.norm()) < 1e-3 * float(whole.context.delta().norm())
+    for one, other in zip(part.report.concepts, whole.report.concepts, strict=True):
+        assert one.trace == pytest.approx(other.trace, abs=1e-4)
 
 
 def test_protocols(model):

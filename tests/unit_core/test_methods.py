@@ -175,6 +175,7 @@ def test_same_inputs_same_hash_whatever_the_global_state(method: str) -> None:
     assert len(hashes) == 1 and take_apart(world(), method, seed=4).content_hash() not in hashes
 
 
+@pytest.mark.law
 @method
 def test_saved_loaded_and_applied_it_is_the_same(method: str, tmp_path: Path) -> None:
     model = world("l", "g")
@@ -210,6 +211,13 @@ def test_cancelling_stops_within_one_call_and_resuming_ends_alike(method: str, s
     model = world()
     resumed = take_apart(model, method, checkpoint=tmp_path / "run")
     assert resumed.content_hash() == whole.content_hash() and model.meter.calls <= whole.calls
+
+
+@method
+def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(method: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = take_apart(world(), method, checkpoint=tmp_path / "file" / "run")
+    assert found.content_hash() == take_apart(world(), method).content_hash()
 
 
 @method
