@@ -71,6 +71,7 @@ def graph_model(
         if text_patcher is not clip.patcher:
             text = clip.clone()
             text.patcher, text.cond_stage_model = text_patcher, text_patcher.model
+        stack.enter_context(_gradients_or_a_sentence())
         stack.callback(text.cond_stage_model.reset_clip_options)
         stack.callback(patcher.cleanup)
         side = 128 if family == "sdxl" else 64
@@ -540,22 +541,17 @@ class GraphDenoiser:
         # The fast attentions have no backward, and the CPU's default loses it when it works in chunks.
         if torch.is_grad_enabled() or "optimized_attention_override" not in options:
             options["optimized_attention_override"] = _attention
+        if torch.is_grad_enabled() and "patches" in options:
+            options["patches"] = {name: list(map(_saving, patches)) for name, patches in options["patches"].items()}
         inputs: dict[str, Any] = {"c_crossattn": conditioning.context, "transformer_options": options}
         if conditioning.pooled is not None:
             inputs["y"] = self._class_embedding(x, conditioning)
         apply = self._patcher.model.apply_model
         wrapper = self._patcher.model_options.get("model_function_wrapper")
-        try:
-            if wrapper is not None:
-                denoised = wrapper(apply, {"input": x, "timestep": sigma, "c": inputs, "cond_or_uncond": [0]})
-            else:
-                denoised = apply(x, sigma, **inputs)
-        except RuntimeError as error:
-            if "Inference tensors" not in str(error):
-                raise
-            raise UnsupportedModel(
-                "a patch on this MODEL computes with tensors that have no gradient: connect the MODEL from before that node"
-            ) from error
+        if wrapper is not None:
+            denoised = wrapper(apply, {"input": x, "timestep": sigma, "c": inputs, "cond_or_uncond": [0]})
+        else:
+            denoised = apply(x, sigma, **inputs)
         if self._on_denoised is not None:
             self._on_denoised(denoised.detach())
         return denoised
@@ -719,6 +715,32 @@ def _casts(patcher: ModelPatcher) -> bool:
     """Whether weights are cast or fetched anew at every call: autograd would keep all those copies at once."""
     base = patcher.model
     return bool(base.model_lowvram) or base.get_dtype() != base.get_dtype_inference()
+
+
+@contextmanager
+def _gradients_or_a_sentence() -> Iterator[None]:
+    """Raises UnsupportedModel where autograd fails on what a patch of another node did to tensors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("Inference tensors", "modified by an inplace operation")):
+            raise
+        raise UnsupportedModel(
+            "a patch on this MODEL computes with tensors that have no gradient: connect the MODEL from before that node"
+        ) from error
+
+
+def _saving(patch: Any) -> Any:
+    """A patch on hidden states, such as FreeU's, that may write into them: autograd keeps copies of what it needs."""
+    if not callable(patch):  # a type of layer and its handler, which replaces the layer
+        return patch
+
+    def saved(*args: Any, **kwargs: Any) -> Any:
+        own = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+            return patch(*own, **kwargs)
+
+    return saved
 
 
 def _recomputed(block: BasicTransformerBlock) -> Callable[..., Tensor]:

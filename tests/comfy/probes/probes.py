@@ -187,6 +187,46 @@ def gradients(pack, wired, word, path, lowvram=False):
         return {"difference": difference, "ids": model.text.tokenize("A Photo of a café!"), "recomputed": again}
 
 
+def slope(pack, wired):
+    """A loss of what the model predicts, and how it grows along one direction of the conditioning: by autograd and by a difference."""
+    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+        Conditioning = pack("core.model").Conditioning
+        generator = torch.Generator().manual_seed(0)
+        context = model.text.encode(["a photo of a bird"]).context.detach()
+        x = torch.randn(1, 4, 16, 16, generator=generator) * 3
+        along = torch.randn(context.shape, generator=generator) / context.numel() ** 0.5
+
+        def loss(at):
+            return model.denoise(x, 1.0, Conditioning(at)).double().square().sum()
+
+        leaf = context.clone().requires_grad_()
+        value = loss(leaf)
+        value.backward()
+        with torch.no_grad():
+            step = 0.05 * context.norm()
+            difference = (loss(context + step * along) - loss(context - step * along)) / (2 * step)
+        return {"loss": float(value), "gradient": float((leaf.grad * along).sum()), "difference": float(difference)}
+
+
+def overwritten(pack, wired):
+    """Take a gradient through a replaced attention that overwrites what the gradient needs."""
+    model = wired["model"].clone()
+
+    def attention(q, k, v, extra_options):
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        found = weights @ v
+        weights.zero_()
+        return found
+
+    for block in range(12):
+        model.set_model_attn2_replace(attention, "input", block)
+        model.set_model_attn2_replace(attention, "output", block)
+    with pack("nodes.comfy_model").graph_model(model, wired["clip"]) as host:
+        context = host.text.encode(["a bird"]).context.detach().requires_grad_()
+        host.denoise(torch.ones(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context)).sum().backward()
+    raise AssertionError("accepted")
+
+
 def failure(pack, wired, kind):
     """Fail inside the block; the graph must survive it."""
     with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"], wired["vae"]) as model:
