@@ -6,6 +6,7 @@ differentiable access to them as they are wired (LoRAs, merges, clip skip, other
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -339,20 +340,21 @@ def graph_conditioning(conditioning: Conditioning) -> list[list[Any]]:
 
 
 class Progress:
-    """An ``OnStep`` that moves a node's progress bar, shows what the model draws, writes under the node, and raises on interrupt.
+    """An ``OnStep`` that moves a node's progress bar, previews what is sampled, writes under the node, and raises on interrupt.
 
-    node_id: None outside of a graph. model: what draws; without it there are no previews. label: what comes before the numbers.
+    node_id: None outside of a graph. model: what samples; without it there are no previews. label: what comes before the numbers.
     """
 
     EVERY = 0.25
-    """Seconds between two messages."""
+    """Seconds between two messages, however many steps there are."""
 
     def __init__(self, node_id: str | None, model: ModelPatcher | None = None, label: str = "") -> None:
-        self._node, self._label = node_id, label
+        self._node, self._label = node_id, label if len(label) <= 16 else f"{label[:15]}…"
         self._previewer = None if model is None else latent_preview.get_previewer(model.load_device, model.model.latent_format)
         self._bar: comfy.utils.ProgressBar | None = None
         self._latent: Tensor | None = None
-        self._sent = 0.0
+        self._first: tuple[float, int] | None = None
+        self._sent, self._ended = 0.0, False
 
     def show(self, denoised: Tensor) -> None:
         """Take x0 (batch, channels, h, w) for the next preview."""
@@ -361,26 +363,53 @@ class Progress:
     def __call__(self, step: int, total: int, metrics: Mapping[str, float], /) -> None:
         management.throw_exception_if_processing_interrupted()
         now = time.monotonic()
-        if step < total and now - self._sent < self.EVERY:
+        # A resumed method begins with what was done before, which says nothing about its pace.
+        self._first = self._first or (now, step)
+        ends = step >= total and not self._ended
+        if now - self._sent < self.EVERY and not ends:
             return
-        self._sent = now
+        self._sent, self._ended = now, self._ended or ends
         if self._bar is None:
             self._bar = comfy.utils.ProgressBar(total, node_id=self._node)
         preview = None
         if self._previewer is not None and self._latent is not None:
             preview = self._previewer.decode_latent_to_preview_image("JPEG", self._latent[:1].float())
         self._bar.update_absolute(step, total, preview)
-        parts = [self._label, f"{step}/{total}", *(f"{name} {value:.3g}" for name, value in metrics.items())]
-        send_text(self._node, "  ".join(part for part in parts if part))
+        done = f"{step}/{total}{_remaining(now - self._first[0], step - self._first[1], total - step)}"
+        figures = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+        send_text(self._node, f"{self._label}  {done}\n{figures}")
+
+
+def _remaining(seconds: float, done: int, left: int) -> str:
+    """How long the rest will take at the pace so far; nothing before the pace can be told, or when little is left."""
+    if done <= 0 or seconds < 2:
+        return ""
+    expected = seconds * left / done
+    if expected < 2:
+        return ""
+    return f", {expected:.0f} s left" if expected < 100 else f", {expected / 60:.0f} min left"
+
+
+LINE, LINES = 40, 2
+"""Characters and lines of a text under a node: more would break words and make the node taller."""
 
 
 def send_text(node_id: str | None, text: str) -> None:
-    """Show ``text`` under a node; nothing happens without a server or a node."""
+    """Show ``text`` under a node, as much of it as fits; nothing happens without a server or a node."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(fold(text), node_id)
+
+
+def fold(text: str) -> str:
+    """``text`` in at most ``LINES`` lines of ``LINE`` characters, broken between words; an ellipsis stands for what is left out."""
+    lines: list[str] = []
+    for part in text.splitlines():
+        if len(lines) < LINES:
+            lines += textwrap.wrap(part, LINE, max_lines=LINES - len(lines), placeholder=" …", break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 class _Resident:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -267,6 +268,17 @@ def test_word_pictures_show_what_a_ksampler_draws(comfy, bird):
 
 def test_the_node_shows_what_the_model_draws(comfy):
     assert comfy.probe("previews") == [[step, 3, [16, 16], "7"] for step in (1, 2, 3)]
+
+
+def test_many_steps_are_few_short_messages(comfy):
+    """Ten a second at most, whatever the number of steps; each fits two lines, and says how long the rest takes."""
+    *sent, end, long = comfy.probe("messages", wires={"vae": None}, steps=20000, seconds=60.0, label="a bird of prey in a tree")
+    assert 60 < len(sent) <= 600
+    assert not any("left" in text for text in sent[:2])
+    assert re.fullmatch(r"a bird of prey …  \d+/20000, (29|30|31) s left\nr2 0.812", sent[len(sent) // 2])
+    assert end == "a bird of prey …  20000/20000\nr2 0.812"
+    assert long == "circle -> triangle, red -> green, robin\n-> car: circle -> triangle, red -> …"
+    assert max(len(line) for text in [*sent, end, long] for line in text.splitlines()) <= 40
 
 
 def test_a_list_of_concepts_gives_lists(comfy):

@@ -94,6 +94,26 @@ def previews(pack, wired):
     return told
 
 
+def messages(pack, wired, steps, seconds, label):
+    """What a node writes under itself while steps are reported evenly, then the last one ten times more; and a long text."""
+    from server import PromptServer
+
+    module, sent, clock = pack("nodes.comfy_model"), [], [0.0]
+    server, real = PromptServer.instance, module.time
+    server.send_progress_text = lambda text, node_id: sent.append(text)
+    module.time = types.SimpleNamespace(monotonic=lambda: clock[0])
+    try:
+        progress = module.Progress("7", label=label)
+        for step in [*range(1, steps + 1), *[steps] * 10]:
+            clock[0] += seconds / steps
+            progress(step, steps, {"r2": 0.8123})
+        module.send_text("7", "circle -> triangle, red -> green, robin -> car: " * 3)
+    finally:
+        module.time = real
+        del server.send_progress_text
+    return sent
+
+
 def identity(pack, wired):
     """What tells the wired model from every other, and how long that took."""
     start = time.perf_counter()
