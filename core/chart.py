@@ -301,7 +301,8 @@ class _Sheet:
     ) -> None:
         """One line of text, taken literally; shortened to ``room`` if given."""
         shown = text if room is None else self.fit(text, size, room, bold=bold)
-        self.axes.text(x, y, shown, color=colour, fontproperties=_font(size * self.scale, bold), ha=ha, va=va, parse_math=False, usetex=False)
+        font = _font(size * self.scale, bold)
+        self.axes.text(x, y, shown, color=colour, fontproperties=font, ha=ha, va=va, parse_math=False, usetex=False)
 
     def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         from matplotlib.patches import FancyBboxPatch
