@@ -1,9 +1,11 @@
 """Every example workflow opened in the browser, in the classic renderer and in Nodes 2.0; run by hand, and the pictures looked at.
 
-``python tests/by_hand/canvas.py OUT`` (ComfyUI found as tests/comfy/conftest.py says; Chromium as ``chromium``, or $CHROMIUM) writes
+``python tests/by_hand/canvas.py OUT`` (ComfyUI is found as tests/comfy/conftest.py says; the browser is ``chromium``, or $CHROMIUM) writes
 OUT/NAME.classic.png and OUT/NAME.vue.png at 100 %, and prints which nodes overlap, cut off their content, or grew while running.
-``--run`` runs the workflows first. ``--only 1`` takes those whose name starts so. ``--thumbnails`` draws workflows/*.jpg anew from what
-the workflows save, and ``--canvas`` writes docs/images/canvas.png.
+``--run`` runs the workflows first; ``--only 1`` takes those whose name starts so; ``--renderer vue`` takes one renderer.
+
+What the repository holds of the workflows is made anew, after a change to them or to what they find, by
+``--api`` (tests/comfy/api, what the browser would queue), ``--thumbnails`` (workflows/*.jpg) and ``--canvas`` (docs/images/canvas.png).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "comfy"))
 
 from conftest import Comfy, serve  # noqa: E402
+from PIL import Image  # noqa: E402
 
 RENDERERS = {"classic": False, "vue": True}
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
@@ -40,8 +43,10 @@ OPEN = """(async (workflow, name) => {
     const boxes = app.graph.nodes.map((node) => node.boundingRect);
     const left = Math.min(...boxes.map((box) => box[0])), top = Math.min(...boxes.map((box) => box[1]));
     const right = Math.max(...boxes.map((box) => box[0] + box[2])), bottom = Math.max(...boxes.map((box) => box[1] + box[3]));
-    app.canvas.ds.scale = 1;
-    app.canvas.ds.offset = [LEFT - left, TOP - top];
+    const [width, height] = WINDOW ?? [Infinity, Infinity];
+    const scale = Math.min(1, (width - 2 * LEFT) / (right - left), (height - TOP) / (bottom - top));
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [LEFT / scale - left, TOP / scale - top];
     app.canvas.setDirty(true, true);
     return [right - left, bottom - top];
 })"""
@@ -143,11 +148,11 @@ def enter(page: Page, server: Comfy, vue: bool) -> None:
     time.sleep(2)
 
 
-def show(page: Page, path: Path) -> None:
-    """Open a workflow at 100 % in a window as large as it needs."""
-    opening = OPEN.replace("LEFT", str(LEFT + AROUND)).replace("TOP", str(TOP + AROUND))
+def show(page: Page, path: Path, window: tuple[int, int] | None = None) -> None:
+    """Open a workflow at 100 % in a window as large as it needs, or smaller in ``window``."""
+    opening = OPEN.replace("LEFT", str(LEFT + AROUND)).replace("TOP", str(TOP + AROUND)).replace("WINDOW", json.dumps(window))
     width, height = page.evaluate(f"{opening}({path.read_text()}, {json.dumps(path.stem)})")
-    page.size(int(width) + LEFT + 2 * AROUND, int(height) + TOP + 2 * AROUND + 200)
+    page.size(*(window or (int(width) + LEFT + 2 * AROUND, int(height) + TOP + 2 * AROUND + 200)))
     time.sleep(2)
 
 
@@ -173,28 +178,68 @@ def faults(nodes: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[st
     return found
 
 
-def run(page: Page, server: Comfy) -> None:
-    """Run what is open, and wait for its pictures."""
-    page.evaluate("app.queuePrompt(0)")
-    end = time.monotonic() + 900
-    time.sleep(1)
-    while any(server.get("/queue").values()):
+def run(page: Page, server: Comfy) -> dict[str, Any]:
+    """Run what is open, wait for its pictures, and return its outputs."""
+    before = server.get("/history").keys()
+    assert page.evaluate("app.queuePrompt(0)"), "the graph was refused"
+    (prompt_id,) = until(lambda: server.get("/history").keys() - before, server)
+    history = server.wait(prompt_id, 900)
+    assert history["status"]["status_str"] == "success", history["status"]
+    time.sleep(3)
+    outputs: dict[str, Any] = history["outputs"]
+    return outputs
+
+
+def until(found: Callable[[], Collection[str]], server: Comfy, seconds: float = 900) -> Collection[str]:
+    """What is found, as soon as it is something."""
+    end = time.monotonic() + seconds
+    while not (result := found()):
         if time.monotonic() > end:
             raise TimeoutError(f"the server's log ends: {server.log.read_text()[-3000:]}")
         time.sleep(0.5)
-    time.sleep(3)
+    return result
+
+
+def thumbnail(path: Path, outputs: dict[str, Any], server: Comfy) -> Image.Image:
+    """What a workflow saved, a row for each node from top to bottom, and under it as many of its charts as fit."""
+    side, gap = 560, 6
+    nodes = sorted(json.loads(path.read_text())["nodes"], key=lambda node: (node["pos"][1], node["pos"][0]))
+    rows = []
+    for kind in ("SaveImage", "PreviewImage"):
+        for node in nodes:
+            pictures = [picture(server, image) for image in outputs.get(str(node["id"]), {}).get("images", [])]
+            if node["type"] == kind and pictures:
+                rows += [pictures] if kind == "SaveImage" else [[chart] for chart in pictures]
+    sheet, top = Image.new("RGB", (side, 4 * side), "#fbfaf7"), 0
+    for row in rows:
+        width = (side - gap * (len(row) + 1)) // len(row)
+        height = max(round(width * image.height / image.width) for image in row)
+        if top and top + height + 2 * gap > side:
+            break
+        for column, image in enumerate(row):
+            sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (gap + column * (width + gap), top + gap))
+        top += height + gap
+    return sheet.crop((0, 0, side, top + gap))
+
+
+def picture(server: Comfy, image: dict[str, str]) -> Image.Image:
+    """A picture that a node saved or showed."""
+    return Image.open(server.base / image["type"] / image["subfolder"] / image["filename"]).convert("RGB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", help="where the pictures of the canvas go")
     parser.add_argument("--run", action="store_true", help="run each workflow before its picture is taken")
     parser.add_argument("--only", default="", help="how the names of the workflows to open start")
     parser.add_argument("--renderer", choices=RENDERERS, action="append", help="one renderer instead of both")
+    parser.add_argument("--api", action="store_true", help="write tests/comfy/api")
+    parser.add_argument("--thumbnails", action="store_true", help="run, and write workflows/*.jpg")
+    parser.add_argument("--canvas", action="store_true", help="run the first workflow, and write docs/images/canvas.png")
     given = parser.parse_args()
     paths = sorted(path for path in (ROOT / "workflows").glob("*.json") if path.stem.startswith(given.only))
     with tempfile.TemporaryDirectory() as base, serve(Path(base)) as server, browser() as page:
-        for renderer in given.renderer or RENDERERS:
+        for renderer in given.renderer or RENDERERS if given.out else ():
             enter(page, server, RENDERERS[renderer])
             for path in paths:
                 show(page, path)
@@ -204,6 +249,20 @@ def main() -> None:
                 page.screenshot(given.out / f"{path.stem}.{renderer}.png")
                 for fault in faults(boxes(page), before):
                     sys.stdout.write(f"{path.stem}, {renderer}: {fault}\n")
+        enter(page, server, vue=False)
+        for path in paths if given.api or given.thumbnails else ():
+            show(page, path)
+            if given.api:
+                prompt = page.evaluate("app.graphToPrompt().then((prompt) => prompt.output)")
+                (ROOT / "tests" / "comfy" / "api" / path.name).write_text(json.dumps(prompt, indent=1, ensure_ascii=False) + "\n")
+            if given.thumbnails:
+                thumbnail(path, run(page, server), server).save(path.with_suffix(".jpg"), quality=85)
+        if given.canvas:
+            size = 1800, 1050
+            page.size(*size)
+            show(page, next(path for path in paths if path.stem.startswith("1 ")), size)
+            run(page, server)
+            page.screenshot(ROOT / "docs" / "images" / "canvas.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+
 def number(path):
     """What a workflow's name begins with."""
     return int(path.stem.split()[0])
