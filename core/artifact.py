@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -19,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 KEY = "conceptkit"
 """The one metadata key."""
@@ -100,7 +103,7 @@ def write_bytes(path: str | Path, content: bytes, *, overwrite: bool = False) ->
             return
         raise ArtifactError(f"{path} exists with other content: choose another name, or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = beside(path)
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -109,6 +112,31 @@ def write_bytes(path: str | Path, content: bytes, *, overwrite: bool = False) ->
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A fresh name in the same folder, for a file that is to be moved to ``path``; however long that name is, this one is short."""
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
+
+
+def write_spare(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bool:
+    """Like ``write`` with ``overwrite``, for what can be computed again: a disk that refuses it is a warning in the log, and False."""
+    try:
+        write(path, tensors, header, overwrite=True)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): the work goes on without it", path, error.strerror or error)
+        return False
+    return True
+
+
+def discard(path: Path) -> bool:
+    """Delete a file that is no longer needed, if it is there; a disk that refuses is a warning in the log, and False."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be deleted (%s)", path, error.strerror or error)
+        return False
+    return True
 
 
 def read(path: str | Path, format: str, version: int, layout: Layout) -> tuple[dict[str, Tensor], Header]:

@@ -7,12 +7,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
+
+from .phrases import parse_concepts, parse_list
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -68,6 +70,7 @@ CacheOption = Annotated[
 ShardOption = Annotated[
     str, typer.Option(metavar="I/N", help="Measure one of N parts of everything, as on N machines whose --parts are put together later.")
 ]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
 ShipOption = Annotated[bool, typer.Option("--ship", help="Measure all baselines, whatever the limit, and store them with the package.")]
 
 
@@ -117,15 +120,18 @@ def sample(
     guidance: GuidanceOption = 4.0,
     size: SideOption = None,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Draw a prompt: one picture a seed, and a contact sheet."""
     from . import chart
 
-    loaded = _load(model, device)
     drawing = _Drawing(range(seed, seed + seeds), steps, guidance, size)
+    files = [out / f"seed-{number}.png" for number in drawing.seeds]
+    _check_free([*files, out / "sheet.png"], overwrite)
+    loaded = _load(model, device)
     pictures = _draw(loaded, loaded.text.encode([prompt]), drawing, prompt)
-    for number, picture in zip(drawing.seeds, pictures, strict=True):
-        chart.save(out / f"seed-{number}.png", picture)
+    for path, picture in zip(files, pictures, strict=True):
+        chart.save(path, picture)
     subtitle = f"{loaded.name}, {steps} steps, guidance {guidance:g}"
     chart.save(out / "sheet.png", chart.picture_grid([pictures], column_labels=drawing.labels, title=prompt, subtitle=subtitle))
     typer.echo(f"{seeds} pictures and a contact sheet in {out}")
@@ -133,7 +139,9 @@ def sample(
 
 @app.command()
 def decompose(
-    concept: Annotated[str, typer.Argument(help="The word or words to take apart.")],
+    concepts: Annotated[
+        list[str], typer.Argument(help="The word or phrase to decompose; several, separated by commas, get a folder each under --out.")
+    ],
     out: OutOption,
     model: ModelOption = "demo",
     template: Annotated[str, typer.Option(help="The prompt around the concept, with {} in its place.")] = "a photo of a {}",
@@ -143,12 +151,16 @@ def decompose(
     candidates: Annotated[
         Path | None,
         typer.Option(
-            help="A text file of words to choose from. By default the demo model's own words, else the nearest in the vocabulary."
+            help="A text file of words to choose from, separated by lines or commas. By default the demo model's own words, else the "
+            "nearest in the vocabulary."
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Choose from at most so many words, the nearest to the concept.")] = 1000,
     exclude: Annotated[
-        Path | None, typer.Option(help="A text file of words to leave out, beside the concept itself and those left out by default.")
+        Path | None,
+        typer.Option(
+            help="A text file of words to leave out, separated by lines or commas, beside the concept itself and those left out by default."
+        ),
     ] = None,
     exclude_unsafe: Annotated[bool, typer.Option(help="Leave out slurs and personal names.")] = True,
     keep_concept: Annotated[bool, typer.Option(help="Let the concept itself and its near-copies be among the words.")] = False,
@@ -156,7 +168,7 @@ def decompose(
         Literal["scorer", "r2"],
         typer.Option(help="What the conceptor method keeps the best by: the image scorer, or R2 where there is none."),
     ] = "scorer",
-    checkpoint: Annotated[Path | None, typer.Option(help="A file that a stopped run continues from.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A file that a stopped run continues from; for one concept.")] = None,
     seeds: PicturesOption = 6,
     seed: Annotated[int, typer.Option(min=0, help="The seed of the decomposition.")] = 0,
     steps: StepsOption = 20,
@@ -165,34 +177,44 @@ def decompose(
     ] = None,
     size: SideOption = None,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Find the few vocabulary words a concept is made of: chart, numbers, embedding, and pictures of the concept beside its words'."""
-    _decompose(
-        _load(model, device),
-        concept,
-        out,
-        _Drawing(range(seeds), steps, size=size) if guidance is None else _Drawing(range(seeds), steps, guidance, size),
-        settings={} if guidance is None else {"guidance": guidance},
-        template=template,
-        words=words,
-        method=method,
-        budget=budget,
-        candidates=candidates.read_text("utf-8").split() if candidates else None,
-        limit=limit,
-        exclude=re.findall(r"[^,\s]+", exclude.read_text("utf-8")) if exclude else (),
-        exclude_unsafe=exclude_unsafe,
-        keep_concept=keep_concept,
-        select=select,
-        checkpoint=checkpoint,
-        seed=seed,
-    )
+    listed = parse_list("\n".join(concepts))
+    if not listed:
+        raise ValueError("the concept is empty: give a word or a phrase")
+    if checkpoint is not None and len(listed) > 1:
+        raise ValueError(f"a checkpoint belongs to one concept, and {len(listed)} are listed: leave --checkpoint out, or give one concept")
+    folders = [out / _file_name(concept) for concept in listed] if len(listed) > 1 else [out]
+    _check_free((f for concept, folder in zip(listed, folders, strict=True) for f in _decomposition_files(concept, folder)), overwrite)
+    loaded = _load(model, device)
+    for concept, folder in zip(listed, folders, strict=True):
+        _decompose(
+            loaded,
+            concept,
+            folder,
+            _Drawing(range(seeds), steps, size=size) if guidance is None else _Drawing(range(seeds), steps, guidance, size),
+            settings={} if guidance is None else {"guidance": guidance},
+            template=template,
+            words=words,
+            method=method,
+            budget=budget,
+            candidates=candidates.read_text("utf-8") if candidates else None,
+            limit=limit,
+            exclude=exclude.read_text("utf-8") if exclude else (),
+            exclude_unsafe=exclude_unsafe,
+            keep_concept=keep_concept,
+            select=select,
+            checkpoint=checkpoint,
+            seed=seed,
+        )
 
 
 @app.command()
 def verify(
     out: OutOption = Path("verify"),
     model: ModelOption = "demo",
-    concepts: Annotated[list[str], typer.Option("--concept", help="A word to take apart; give it again for another.")] = ["bird", "joy"],  # noqa: B006
+    concepts: Annotated[list[str], typer.Option("--concept", help="What to decompose; several separated by commas.")] = ["bird", "joy"],  # noqa: B006
     draws: Annotated[int, typer.Option(min=0, help="Planted mixtures to take apart, whose words are known.")] = 6,
     budget: BudgetOption = "default",
     seeds: PicturesOption = 4,
@@ -201,34 +223,38 @@ def verify(
     guidance: GuidanceOption = 4.0,
     size: SideOption = None,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Check on one page whether taking words apart works on a model: planted recall, R2, cost, a decomposition or two."""
     from . import chart
     from .bench.verify import markdown
     from .bench.verify import verify as measure
 
+    listed = parse_list("\n".join(concepts))
+    page_file, picture_file = out / "verify.md", out / "verify.png"
+    _check_free([page_file, picture_file], overwrite)
     loaded = _load(model, device)
     drawing = _Drawing(range(seeds), steps, guidance, size)
     report = measure(
-        loaded, concepts, draws=draws, side=_side(loaded, size), budget=budget, seed=seed, on_part=lambda part: typer.echo(part, err=True)
+        loaded, listed, draws=draws, side=_side(loaded, size), budget=budget, seed=seed, on_part=lambda part: typer.echo(part, err=True)
     )
     picture = None
-    if loaded.autoencoder is not None and concepts:
+    if loaded.autoencoder is not None and listed:
         rows = [row for found in report.concepts for row in _beside_its_words(loaded, found, drawing)]
         labels = [label for found in report.concepts for label in (found.concept, _mixture(found))]
-        picture = "verify.png"
+        picture = picture_file.name
         subtitle = "each concept above what its words draw, from the same noise"
-        chart.save(out / picture, chart.picture_grid(rows, labels, drawing.labels, title=loaded.name, subtitle=subtitle))
+        chart.save(picture_file, chart.picture_grid(rows, labels, drawing.labels, title=loaded.name, subtitle=subtitle))
     out.mkdir(parents=True, exist_ok=True)
     page = markdown(report, picture)
-    (out / "verify.md").write_text(page, "utf-8")
+    page_file.write_text(page, "utf-8")
     typer.echo(page)
     typer.echo(f"The page and its pictures are in {out}.")
 
 
 @app.command()
 def erase(
-    concepts: Annotated[list[str], typer.Argument(help='What to erase: "circle", or "circle -> square" to draw another in its place.')],
+    concepts: Annotated[list[str], typer.Argument(help='What to erase: "circle, red", or "circle -> square" to generate another instead.')],
     out: Annotated[Path, typer.Option("--out", help="The LoRA file to write (.safetensors), for any tool that loads LoRAs.")],
     model: ModelOption = "demo",
     keep: Annotated[str, typer.Option(help="Words that must stay as they are, separated by commas.")] = "",
@@ -245,26 +271,27 @@ def erase(
     guidance: GuidanceOption = 4.0,
     size: SideOption = None,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Erase concepts from a model, or replace them: a LoRA file, and a report on what it reaches and costs."""
     import torch
 
-    from .edit import parse_concepts, save_lora, solve_edit
+    from .edit import save_lora, solve_edit
     from .edit.layers import cross_attention
 
-    kept = tuple(word.strip() for word in keep.split(",") if word.strip())
+    asked = parse_concepts(concepts)
+    sheets = [] if pictures is None else [pictures / f"{_file_name(concept.text)}.png" for concept in asked]
+    _check_free([out, *([] if edit_file is None else [edit_file]), *sheets], overwrite)
     loaded = _load(model, device)
     with _Bar("solving") as bar:
-        edit = solve_edit(
-            loaded, parse_concepts(concepts), keep=kept, method=method, strength=strength, hard=hard, cache=cache, seed=seed, on_step=bar
-        )
-    if edit_file is not None:
-        edit.save(edit_file, overwrite=True)
+        edit = solve_edit(loaded, asked, keep=keep, method=method, strength=strength, hard=hard, cache=cache, seed=seed, on_step=bar)
     dtype = torch.float16 if precision == "fp16" else torch.float32
     save_lora(edit, cross_attention(loaded), out, dtype=dtype, overwrite=True)
+    if edit_file is not None:
+        edit.save(edit_file, overwrite=True)
     typer.echo(edit.summary())
-    if pictures is not None:
-        sheets = _before_and_after(loaded, edit, pictures, _Drawing(range(seed, seed + seeds), steps, guidance, size))
+    if sheets:
+        _before_and_after(loaded, edit, sheets, _Drawing(range(seed, seed + seeds), steps, guidance, size))
         typer.echo(f"before and after in {', '.join(map(str, sheets))}")
     typer.echo(f"LoRA in {out}")
 
@@ -276,16 +303,19 @@ def report(
     model: ModelOption = "demo",
     cache: CacheOption = None,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """What an edit does to a model, without drawing a picture: a chart, and the figures as JSON."""
     from . import chart
     from .edit import ContextEdit, report_edit
     from .edit.picture import report_picture
 
+    picture_file, json_file = out / "report.png", out / "report.json"
+    _check_free([picture_file, json_file], overwrite)
     edit = ContextEdit.load(edit_file)
     figures = report_edit(_load(model, device), edit, cache=cache)
-    chart.save(out / "report.png", report_picture(edit, figures))
-    (out / "report.json").write_text(json.dumps(figures.to_json(), indent=1) + "\n", "utf-8")
+    chart.save(picture_file, report_picture(edit, figures))
+    json_file.write_text(json.dumps(figures.to_json(), indent=1) + "\n", "utf-8")
     typer.echo(figures.summary())
     typer.echo(f"chart and figures in {out}")
 
@@ -309,18 +339,15 @@ def bench_edit(
     _bench(EditSuite(profile, model, _among(erasing, methods)), json_, parts, processes, ship, shard)
 
 
-def _before_and_after(model: Model, edit: ContextEdit, out: Path, drawing: _Drawing) -> list[Path]:
+def _before_and_after(model: Model, edit: ContextEdit, sheets: Sequence[Path], drawing: _Drawing) -> None:
     """A sheet a concept: its pictures, and those of the edited model from the same seeds."""
     from . import chart
 
-    written = []
-    for concept in edit.concepts:
+    for concept, path in zip(edit.concepts, sheets, strict=True):
         prompt = f"a photo of a {concept.text}"
         conditioning = model.text.encode([prompt])
         rows = [_draw(model, conditioning, drawing, f"drawing {concept.text}", applied) for applied in (None, edit)]
-        written.append(out / f"{'-'.join(concept.text.split())}.png")
-        chart.save(written[-1], chart.picture_grid(rows, ["before", "after"], drawing.labels, title=prompt, subtitle=str(concept)))
-    return written
+        chart.save(path, chart.picture_grid(rows, ["before", "after"], drawing.labels, title=prompt, subtitle=str(concept)))
 
 
 @bench.command("decompose")
@@ -344,7 +371,7 @@ def bench_decompose(
 
 def _among(known: Sequence[str], asked: str) -> tuple[str, ...]:
     """The methods of a list separated by commas. Raises ValueError for one that the benchmark does not know."""
-    chosen = tuple(name.strip() for name in asked.split(",") if name.strip())
+    chosen = parse_list(asked)
     if not set(chosen) <= set(known):
         raise ValueError(f"there is no method {', '.join(sorted(set(chosen) - set(known)))}: choose from {', '.join(known)}")
     return chosen
@@ -420,6 +447,23 @@ class _Drawing:
         side = _side(model, self.size)
         at_once = max(1, _PIXELS // side**2)
         return {"height": side, "width": side, "steps": self.steps, "guidance": self.guidance, "batch": at_once}
+
+
+def _check_free(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raises ValueError for a file that would be replaced, or written twice: what lies there may have cost hours."""
+    seen: set[Path] = set()
+    for path in paths:
+        if path in seen:
+            raise ValueError(f"two results would be written to {path}: ask for one of them at a time")
+        seen.add(path)
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: write to another place, or add --overwrite to replace it")
+
+
+def _decomposition_files(concept: str, out: Path) -> list[Path]:
+    """What `_decompose` writes."""
+    names = ("chart.png", "decomposition.json", "decomposition.safetensors", "pictures.png", "words.png")
+    return [*(out / name for name in names), out / f"{_file_name(concept)}-words.safetensors"]
 
 
 def _decompose(model: Model, concept: str, out: Path, drawing: _Drawing, **options: Any) -> Decomposition:

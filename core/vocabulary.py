@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .model import TextEncoder
+from .phrases import parse_list
 
 WORD_END = "</w>"
 """What CLIP's vocabulary appends to the last piece of a word."""
@@ -121,8 +122,8 @@ def candidates(
     concept: str | None,
     *,
     limit: int,
-    words: Iterable[str] | None = None,
-    exclude: Iterable[str] = (),
+    words: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
     keep_concept: bool = False,
 ) -> dict[str, int]:
     """The words of `choose_candidates`, with nothing left out for being a name or offensive."""
@@ -144,32 +145,36 @@ def choose_candidates(
     concept: str | None,
     *,
     limit: int,
-    words: Iterable[str] | None = None,
-    exclude: Iterable[str] = (),
+    words: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
     exclude_unsafe: bool = True,
     keep_concept: bool = False,
 ) -> Candidates:
     """The words ``concept`` may be taken apart into, with their token ids: at most ``limit``, nearest token embedding first.
 
-    The pool is ``words`` where given (each must be one whole token), else ``whole_words``. Left out of either: ``exclude``; with
-    ``exclude_unsafe`` personal names and offensive words (`is_unsafe`); and unless ``keep_concept`` every word that shares a stem with a
-    word of the concept, begins with one (from four letters on), or whose embedding has cosine > 0.9 with a one-token concept. ``concept``
-    None (a pseudo-token without a name) leaves nothing out as its copy and keeps vocabulary order. A ``words`` list no longer than
-    ``limit`` keeps its own order.
+    The pool is ``words`` where given (each must be one whole token), else ``whole_words``. Left out of either: ``exclude`` (these two are
+    sequences, or a str that `parse_list` reads); with ``exclude_unsafe`` personal names and offensive words (`is_unsafe`); and unless
+    ``keep_concept`` every word that shares a stem with a word of the concept, begins with one (from four letters on), or whose embedding
+    has cosine > 0.9 with a one-token concept. ``concept`` None (a pseudo-token without a name) leaves nothing out as its copy and keeps
+    vocabulary order. A ``words`` list no longer than ``limit`` keeps its own order.
 
-    Raises ValueError when a given word is no single token of this text encoder, or when nothing is left.
+    Raises ValueError when a given word is no single token of this text encoder, an excluded one is several words, or nothing is left.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if words is None:
         pool = whole_words(text)
     else:
-        listed = list(dict.fromkeys(word.strip().lower() for word in words if word.strip()))
+        listed = [word.lower() for word in parse_list(words)]
         pieces = [word for word in listed if word + WORD_END not in text.vocabulary]
         if pieces:
             raise ValueError(f"not a single token of this text encoder: {', '.join(pieces[:10])}. Take these words off the candidate list")
         pool = {word: text.vocabulary[word + WORD_END] for word in listed}
-    asked = {word.strip().lower() for word in exclude} & set(pool)
+    barred = [word.lower() for word in parse_list(exclude)]
+    phrases = [word for word in barred if " " in word]
+    if phrases:
+        raise ValueError(f"candidates are single words, so {phrases[0]!r} excludes none: separate its words by commas or lines")
+    asked = set(barred) & set(pool)
     unsafe = {word for word in pool if is_unsafe(word)} - asked if exclude_unsafe else set()
     pool = {word: index for word, index in pool.items() if word not in asked and word not in unsafe}
     own = [] if concept is None else text.tokenize(concept)
@@ -182,7 +187,7 @@ def choose_candidates(
             copies = [word for word in pool if _is_copy(word, concept, near[word] if len(own) == 1 else 0.0)]
             pool = {word: index for word, index in pool.items() if word not in copies}
     if not pool:
-        raise ValueError("no candidate words are left: give a longer candidate list, or exclude fewer words")
+        raise ValueError(f"no candidate words are left: {'exclude fewer words' if asked else 'give a longer list of candidates'}")
     excluded = _phrase(concept, copies, len(unsafe), len(asked))
     if len(pool) > limit:
         ranked = sorted(pool, key=lambda word: (-near.get(word, 0.0), pool[word]))[:limit]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .decompose import DecomposeConcept
+from .decompose import DecomposeConcept, DecomposeWithConceptor
 from .decomposition import (
     AdjustWords,
     DecompositionToConditioning,
@@ -38,6 +38,7 @@ class ConceptKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             DecomposeConcept,
+            DecomposeWithConceptor,
             DecompositionToConditioning,
             AdjustWords,
             SaveDecomposition,

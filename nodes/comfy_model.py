@@ -390,8 +390,8 @@ def _remaining(seconds: float, done: int, left: int) -> str:
     return f", {expected:.0f} s left" if expected < 100 else f", {expected / 60:.0f} min left"
 
 
-LINE, LINES = 40, 2
-"""Characters and lines of a text under a node: more would break words and make the node taller."""
+LINE, LINES = 40, 4
+"""Characters and lines of a text under a node: ComfyUI breaks longer lines within words, and a longer text makes the node taller."""
 
 
 def send_text(node_id: str | None, text: str) -> None:
@@ -404,11 +404,14 @@ def send_text(node_id: str | None, text: str) -> None:
 
 
 def fold(text: str) -> str:
-    """``text`` in at most ``LINES`` lines of ``LINE`` characters, broken between words; an ellipsis stands for what is left out."""
+    """``text`` in at most ``LINES`` lines of ``LINE`` characters, broken between words; an ellipsis stands for what is left out.
+
+    Each of its own lines is begun, so that a long first one leaves room for the others.
+    """
     lines: list[str] = []
-    for part in text.splitlines():
-        if len(lines) < LINES:
-            lines += textwrap.wrap(part, LINE, max_lines=LINES - len(lines), placeholder=" …", break_on_hyphens=False)
+    parts = text.splitlines()[:LINES]
+    for later, part in zip(reversed(range(len(parts))), parts, strict=True):
+        lines += textwrap.wrap(part, LINE, max_lines=LINES - len(lines) - later, placeholder=" …", break_on_hyphens=False)
     return "\n".join(lines)
 
 

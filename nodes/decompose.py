@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from .files import DECOMPOSITIONS, code_hash, folder, slug
+from .files import code_hash
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..core.decompose import Decomposition
     from ..core.model import ImageScorer
-    from .comfy_model import Progress
+    from ..core.progress import OnStep
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,105 @@ Socket = io.Custom("CONCEPTKIT_DECOMPOSITION")
 FOUND = "The words with their shares and how much they explain, for ConceptKit's other nodes."
 CHART = "A bar for each word's share, beside how much is lost without the word."
 TEXT = "The same in words, with how far the result can be trusted."
+
+_MODEL = "Model to analyse. It is not modified. SD 1.x, SD 2.x and SDXL, with any LoRAs or merges."
+_SELECT = "What picks the best of the training's checkpoints: the scorer, as published, or r2, how much the words explain."
+_EACH = " One for each concept."
+_NOT_KEPT = "\nNot kept: "
+
+
+def _question_inputs() -> list[io.Input]:
+    """What every method is asked, in the order in which shared workflows store it."""
+    return [
+        io.String.Input(
+            "concept",
+            default="bird",
+            multiline=True,
+            tooltip="Word or phrase to decompose, in plain words without weights. Several, one per line or separated by commas, give "
+            'lists. Put a phrase that contains a comma in quotation marks: "a dog, running".',
+        ),
+        io.String.Input(
+            "template",
+            default="a photo of a {}",
+            tooltip="Prompt around the concept, with {} in its place. Use the kind of prompt you generate images with.",
+        ),
+        io.Int.Input(
+            "words",
+            default=5,
+            min=1,
+            max=50,
+            tooltip="Maximum number of words. More words take longer to find; fewer are returned where fewer explain as much.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**63 - 1,
+            control_after_generate=io.ControlAfterGenerate.fixed,
+            tooltip="Seed of the images the model is analysed on. The same seed gives the same words.",
+        ),
+        io.Int.Input(
+            "size",
+            default=0,
+            min=0,
+            max=2048,
+            step=64,
+            advanced=True,
+            tooltip="Side of the square images the model is analysed on, in pixels. 0 takes the size the model was trained on.",
+        ),
+        # Optional, so that API workflows from before they were added still run.
+        io.Combo.Input(
+            "budget",
+            options=["fast", "default", "thorough"],
+            default="default",
+            optional=True,
+            tooltip="How many model evaluations to spend: fast for a first look, thorough for words that are hard to find.",
+        ),
+    ]
+
+
+def _exclude_inputs() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "exclude",
+            default="",
+            multiline=True,
+            optional=True,
+            placeholder="words to leave out",
+            tooltip="Single words that must not be used, one per line or separated by commas. The concept itself is never used.",
+        ),
+        io.Boolean.Input(
+            "exclude_unsafe",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="Leave slurs and people's names out of the words to choose from.",
+        ),
+    ]
+
+
+def _reuse_input() -> io.Input:
+    return io.Boolean.Input(
+        "reuse",
+        default=True,
+        optional=True,
+        advanced=True,
+        tooltip="Save the result in models/conceptkit/decompositions and find it there when everything is the same. "
+        "Off: compute it anew and save nothing.",
+    )
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        Socket.Output("decomposition", is_output_list=True, tooltip=FOUND + _EACH),
+        io.Conditioning.Output(
+            "conditioning",
+            is_output_list=True,
+            tooltip="The template with the weighted words in place of the concept: sample it to see what they stand for." + _EACH,
+        ),
+        io.Image.Output("chart", is_output_list=True, tooltip=CHART + _EACH),
+        io.String.Output("text", is_output_list=True, tooltip=TEXT + _EACH),
+    ]
 
 
 class DecomposeConcept(io.ComfyNode):
@@ -37,123 +137,57 @@ class DecomposeConcept(io.ComfyNode):
             node_id="ConceptKitDecompose",
             display_name="Decompose Concept",
             category="ConceptKit/decompose",
-            description="Finds the few weighted vocabulary words that make the model draw what it draws for a concept.",
+            description="Finds the few weighted vocabulary words that make the model generate what it generates for a concept.",
             search_aliases=[
-                "conceptkit",
+                "explain",
                 "explain prompt",
                 "explain word",
                 "interpret",
-                "concept",
-                "token",
+                "interpretability",
+                "bias",
+                "what does the model think",
                 "what is a word",
-                "conceptor",
-                "textual inversion",
+                "analyse concept",
+                "analyze concept",
+                "meaning of a prompt",
                 "word mix",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The model to ask. It is only read. SD 1.x, SD 2.x and SDXL, with any LoRAs or merges."),
+                io.Model.Input("model", tooltip=_MODEL),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                io.String.Input(
-                    "concept",
-                    default="bird",
-                    tooltip="The word or phrase to take apart. Plain words, without weights. A list runs one by one.",
-                ),
-                io.String.Input(
-                    "template",
-                    default="a photo of a {}",
-                    tooltip="The prompt around the concept, with {} in its place. Use the kind of prompt you draw with.",
-                ),
-                io.Int.Input(
-                    "words",
-                    default=5,
-                    min=1,
-                    max=50,
-                    tooltip="The most words to keep. Fewer are returned where fewer explain as much.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Which pictures the model is asked about. The same seed gives the same words.",
-                ),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=2048,
-                    step=64,
-                    advanced=True,
-                    tooltip="Side of the square pictures the model is asked about, in pixels. 0 takes the size the model was made for.",
-                ),
-                # Optional, so that API workflows from before they were added still run.
-                io.Combo.Input(
-                    "budget",
-                    options=["fast", "default", "thorough"],
-                    default="default",
-                    optional=True,
-                    tooltip="How much may be spent on it: fast for a first look, thorough for words that are hard to find.",
-                ),
+                *_question_inputs(),
                 io.Combo.Input(
                     "method",
                     options=["distilled", "conceptor", "text"],
                     default="distilled",
                     optional=True,
-                    tooltip="distilled asks the model what it predicts. conceptor is the published training, for comparison: slow, and it "
-                    "needs VAE and scorer. text looks at the text encoder alone: instant, and often wrong.",
+                    tooltip="distilled analyses the model's own predictions. text analyses the text encoder alone: instant, often wrong. "
+                    "conceptor is the published training method, which needs vae and scorer: see Decompose with Conceptor.",
                 ),
-                io.String.Input(
-                    "exclude",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Words that must not be used, separated by commas or lines. The concept itself is never used.",
-                ),
-                io.Boolean.Input(
-                    "exclude_unsafe",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Leave slurs and people's names out of the words to choose from.",
-                ),
+                *_exclude_inputs(),
+                # Read by conceptor alone, which has a node of its own; its place among the stored values stays.
                 io.Combo.Input(
                     "select",
                     options=["scorer", "r2"],
                     default="scorer",
                     optional=True,
                     advanced=True,
-                    tooltip="For conceptor: its best checkpoint is picked by the scorer, as published, or by how much the words explain.",
+                    tooltip=f"For the method conceptor. {_SELECT}",
+                    extra_dict={"hidden": True},
                 ),
-                io.Boolean.Input(
-                    "reuse",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Keep the result in models/conceptkit/decompositions and find it there when everything is the same. "
-                    "Off: compute anew and keep nothing.",
-                ),
-                io.Vae.Input("vae", optional=True, tooltip="The VAE of the same checkpoint. Only conceptor needs it."),
+                _reuse_input(),
+                io.Vae.Input("vae", optional=True, tooltip="Only the method conceptor reads it: the VAE of the same checkpoint."),
                 io.Custom("CONCEPTKIT_SCORER").Input(
-                    "scorer", optional=True, tooltip="What judges pictures, from Load Image Scorer. Only conceptor needs it."
+                    "scorer", optional=True, tooltip="Only the method conceptor reads it: a scorer, from Load Image Scorer."
                 ),
             ],
-            outputs=[
-                Socket.Output("decomposition", tooltip=FOUND),
-                io.Conditioning.Output(
-                    "conditioning", tooltip="The template with the weighted words in place of the concept: sample it to see what they say."
-                ),
-                io.Image.Output("chart", tooltip=CHART),
-                io.String.Output("text", tooltip=TEXT),
-            ],
+            outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, concept: str = "-", template: str = "{}") -> bool | str:
-        """True, or what to change. An input that another node gives is not known yet, and arrives here as None."""
-        if concept is not None and not concept.strip():
-            return "the concept is empty: write a word or a phrase"
+    def validate_inputs(cls, template: str = "{}") -> bool | str:
+        """True, or what to change. ComfyUI reports it once for every input that is named here, so only one is."""
         return check_template(template)
 
     @classmethod
@@ -175,38 +209,158 @@ class DecomposeConcept(io.ComfyNode):
         vae: VAE | None = None,
         scorer: ImageScorer | None = None,
     ) -> io.NodeOutput:
-        from .comfy_model import Progress, check_graph, check_text, send_text, trained_side
-
-        check_graph(model, clip, vae)
-        check_text(concept)
-        check_text(template)
         if method != "conceptor":
             vae = scorer = None
         asked: dict[str, Any] = {
-            "concept": concept.strip(),
             "template": template,
             "words": words,
             "seed": seed,
-            "height": size or trained_side(model),
-            "width": size or trained_side(model),
             "budget": budget,
             "method": method,
-            "exclude": sorted({word.strip().lower() for word in re.split(r"[,\n]", exclude)} - {""}),
+            "exclude": exclude,
             "exclude_unsafe": exclude_unsafe,
             "select": select,
         }
-        node = cls.hidden.unique_id
-        path = _path(asked, model, clip, vae, scorer) if reuse else None
-        found = None if path is None else _stored(path)
-        if found is None:
-            progress = Progress(node, model, asked["concept"])
-            found = _computed(asked, (model, clip, vae, scorer), None if path is None else path.with_suffix(".checkpoint"), progress)
-            if path is not None:
-                found.save(path, overwrite=True)  # another worker may have answered meanwhile
-            send_text(node, headline(found))
-        else:
-            send_text(node, f"{headline(found)}  (found in {path.name if path else ''})")
-        return io.NodeOutput(found, conditioning(found, clip), chart(found), found.summary())
+        return _decomposed(cls.hidden.unique_id, (model, clip, vae, scorer), concept, asked, size, reuse)
+
+
+class DecomposeWithConceptor(io.ComfyNode):
+    """The node around ``core.decompose.decompose_concept`` by the published training method."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptKitConceptor",
+            display_name="Decompose with Conceptor",
+            category="ConceptKit/decompose",
+            description="Decomposes a concept by the published training method, to compare Decompose Concept with. Many times slower.",
+            search_aliases=["conceptor", "hidden language of diffusion models", "published decomposition"],
+            inputs=[
+                io.Model.Input("model", tooltip=_MODEL),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+                *_question_inputs(),
+                *_exclude_inputs(),
+                io.Combo.Input(
+                    "select",
+                    options=["scorer", "r2"],
+                    default="scorer",
+                    optional=True,
+                    tooltip=f"{_SELECT} r2 needs neither vae nor scorer.",
+                ),
+                _reuse_input(),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE of the same checkpoint. Not needed with select = r2."),
+                io.Custom("CONCEPTKIT_SCORER").Input(
+                    "scorer", optional=True, tooltip="A scorer, from Load Image Scorer. Not needed with select = r2."
+                ),
+            ],
+            outputs=_outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, template: str = "{}") -> bool | str:
+        """True, or what to change."""
+        return check_template(template)
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        clip: CLIP,
+        concept: str,
+        template: str,
+        words: int,
+        seed: int,
+        size: int,
+        budget: str = "default",
+        exclude: str = "",
+        exclude_unsafe: bool = True,
+        select: str = "scorer",
+        reuse: bool = True,
+        vae: VAE | None = None,
+        scorer: ImageScorer | None = None,
+    ) -> io.NodeOutput:
+        asked: dict[str, Any] = {
+            "template": template,
+            "words": words,
+            "seed": seed,
+            "budget": budget,
+            "method": "conceptor",
+            "exclude": exclude,
+            "exclude_unsafe": exclude_unsafe,
+            "select": select,
+        }
+        return _decomposed(cls.hidden.unique_id, (model, clip, vae, scorer), concept, asked, size, reuse)
+
+
+def _decomposed(
+    node: str | None,
+    wired: tuple[ModelPatcher, CLIP, VAE | None, ImageScorer | None],
+    concepts: str,
+    asked: dict[str, Any],
+    size: int,
+    reuse: bool,
+) -> io.NodeOutput:
+    """A decomposition of every concept that is listed, found again or computed, and what the node shows and returns of them.
+
+    asked: arguments of ``decompose_concept``. size: side of the images in pixels; 0 is the size the model was trained on.
+    """
+    from ..core.phrases import parse_list
+    from .comfy_model import check_graph, check_text, send_text, trained_side
+
+    listed = parse_list(concepts)
+    if not listed:
+        raise ValueError("the concept is empty: write a word or a phrase")
+    model, clip, vae, _ = wired
+    check_graph(model, clip, vae)
+    for text in (*listed, asked["template"]):
+        check_text(text)
+    side = size or trained_side(model)
+    asked |= {"height": side, "width": side, "exclude": sorted(word.lower() for word in parse_list(asked["exclude"]))}
+    found, notes = [], []
+    for number, concept in enumerate(listed):
+        one, note = _answer(node, wired, asked | {"concept": concept}, (number, len(listed)), reuse)
+        found.append(one)
+        notes.append(note)
+    if len(found) == 1:
+        send_text(node, headline(found[0]) + notes[0])
+    else:
+        send_text(
+            node,
+            f"{len(found)} concepts: {', '.join(listed[:8])}{' …' if len(listed) > 8 else ''}"
+            + next((note for note in notes if note.startswith(_NOT_KEPT)), ""),
+        )
+    return io.NodeOutput(found, [conditioning(one, clip) for one in found], [chart(one) for one in found], [one.summary() for one in found])
+
+
+def _answer(
+    node: str | None,
+    wired: tuple[ModelPatcher, CLIP, VAE | None, ImageScorer | None],
+    asked: dict[str, Any],
+    place: tuple[int, int],
+    reuse: bool,
+) -> tuple[Decomposition, str]:
+    """One concept's decomposition, and what to say where it was found again or could not be kept. place: its number, of how many."""
+    from .comfy_model import Progress
+    from .store import checkpoint, forget_unfinished, found_again, keep
+
+    question = _question(asked, *wired) if reuse else None
+    kept = None if question is None else found_again(question)
+    if kept is not None:
+        found, file = kept
+        return found, f"  (found in {file})"
+    number, count = place
+    label = asked["concept"] if count == 1 else f"{asked['concept']} ({number + 1} of {count})"
+    progress = Progress(node, wired[0], label)
+
+    def on_step(step: int, total: int, metrics: Mapping[str, float], /) -> None:
+        progress(number * total + step, count * total, metrics)
+
+    unfinished = None if question is None else checkpoint(question, asked["concept"])
+    found = _computed(asked, wired, unfinished, on_step, progress.show)
+    forget_unfinished()
+    wrong = "" if question is None else keep(question, found)
+    return found, f"{_NOT_KEPT}{wrong}" if wrong else ""
 
 
 def check_template(template: str | None, *, empty: bool = False) -> bool | str:
@@ -251,8 +405,8 @@ def headline(found: Decomposition) -> str:
     return found.summary().splitlines()[0]
 
 
-def _path(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | None, scorer: ImageScorer | None) -> Path | None:
-    """Where the answer to this question lies or will lie; None when the model cannot be told from another."""
+def _question(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | None, scorer: ImageScorer | None) -> str | None:
+    """A hash of all that the answer depends on; None when the model cannot be told from another."""
     from ..core.artifact import content_hash
     from .comfy_model import graph_identity, scorer_identity
 
@@ -261,44 +415,29 @@ def _path(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | Non
         logger.info("This MODEL or CLIP carries code from other nodes: what is found for it is not kept on disk")
         return None
     given = asked | {"model": identity, "scorer": scorer and scorer_identity(scorer), "code": code_hash("decompose")}
-    return folder(DECOMPOSITIONS) / f"{slug(asked['concept'])}-{content_hash({}, given)[:16]}.safetensors"
+    return content_hash({}, given)[:16]
 
 
 def _computed(
     asked: dict[str, Any],
     wired: tuple[ModelPatcher, CLIP, VAE | None, ImageScorer | None],
     checkpoint: Path | None,
-    progress: Progress,
+    on_step: OnStep,
+    show: Callable[[Tensor], None],
 ) -> Decomposition:
     """The answer, gone on with from ``checkpoint``; afresh where what lies there is damaged or was made by a text encoder that rounds
     otherwise, on another device or machine: nobody who queues a graph can choose another file."""
-    from ..core.artifact import ArtifactError
+    from ..core.artifact import ArtifactError, discard
     from ..core.decompose import decompose_concept
     from .comfy_model import graph_model
 
-    resumed = checkpoint is not None and checkpoint.exists()
-    with graph_model(*wired, progress.show) as host:
+    resumed = checkpoint is not None and os.path.isfile(checkpoint)
+    with graph_model(*wired, show) as host:
         try:
-            found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=progress)
+            found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=on_step)
         except ArtifactError as error:
             if checkpoint is None or not resumed:
                 raise
             logger.warning("%s; it is computed afresh", error)
-            checkpoint.unlink()
-            found = decompose_concept(host, **asked, checkpoint=checkpoint, on_step=progress)
+            found = decompose_concept(host, **asked, checkpoint=checkpoint if discard(checkpoint) else None, on_step=on_step)
     return found.to("cpu")
-
-
-def _stored(path: Path) -> Decomposition | None:
-    """The result kept at ``path``; None when there is none, or none that can be read."""
-    from ..core.artifact import ArtifactError
-    from ..core.decompose import Decomposition
-
-    if not path.is_file():
-        return None
-    try:
-        return Decomposition.load(path)
-    except ArtifactError as error:
-        logger.warning("%s; it is computed again", error)
-        path.unlink()
-        return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
 from .decompose import CHART, FOUND, TEXT, Socket, chart, check_template, conditioning, headline, image
-from .files import DECOMPOSITIONS, check, locate, names, place, slug, stamp, stem, writable
+from .files import DECOMPOSITIONS, EMBEDDINGS, NAME, check, check_name, listed, locate, names, slug, stamp, target, writing
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -16,9 +19,9 @@ if TYPE_CHECKING:
     from ..core.decompose import Decomposition
 
 _CATEGORY = "ConceptKit/decompose"
-_ALIASES = ["conceptkit", "concept", "interpret", "explain prompt"]
 _GIVEN = "What Decompose Concept found, or Load Decomposition read."
 _CLIP = "The text encoder the decomposition was made with, or another of the same model family."
+_UNREAD = re.compile(r"[\s()\[\],]")  # where the name of an embedding ends in a prompt
 
 
 class DecompositionToConditioning(io.ComfyNode):
@@ -30,8 +33,8 @@ class DecompositionToConditioning(io.ComfyNode):
             node_id="ConceptKitDecompositionToConditioning",
             display_name="Decomposition to Conditioning",
             category=_CATEGORY,
-            description="The weighted words in any prompt, where a sampler can draw them.",
-            search_aliases=[*_ALIASES, "encode", "token"],
+            description="Encodes any prompt with the weighted words in it, as conditioning for a sampler.",
+            search_aliases=["weighted prompt", "encode words", "words to conditioning"],
             inputs=[
                 Socket.Input("decomposition", tooltip=_GIVEN),
                 io.Clip.Input("clip", tooltip=_CLIP),
@@ -68,7 +71,7 @@ class AdjustWords(io.ComfyNode):
             display_name="Adjust Words",
             category=_CATEGORY,
             description="More of one word, less of another: changes what a decomposition is made of, and so what it draws.",
-            search_aliases=[*_ALIASES, "reweight", "token weight", "word weight", "concept slider", "edit words"],
+            search_aliases=["reweight", "token weight", "word weight", "concept slider", "edit words"],
             inputs=[
                 Socket.Input("decomposition", tooltip=_GIVEN),
                 io.Clip.Input("clip", tooltip=_CLIP),
@@ -76,9 +79,9 @@ class AdjustWords(io.ComfyNode):
                     "adjustments",
                     default="",
                     multiline=True,
-                    placeholder="robin: 0.5\nfinch: 0\n+flame: 20%\nraven -> crow",
-                    tooltip="One to a line: `word: factor` for more or less of it (0 removes it), `+word: share` for a new word, "
-                    "`old -> new` for another in its place.",
+                    placeholder="e.g.\nrobin: 0.5\nfinch: 0\n+flame: 20%\nraven -> crow",
+                    tooltip="One per line or separated by commas: `word: factor` for more or less of it (0 removes it), "
+                    "`+word: share` for a new word at this share of the whole, `old -> new` for another in its place.",
                 ),
             ],
             outputs=[
@@ -91,8 +94,8 @@ class AdjustWords(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, adjustments: str = "") -> bool | str:
-        """True, or which line to change."""
-        from ..core.decompose.adjust import parse_adjustments
+        """True, or which item to change."""
+        from ..core.phrases import parse_adjustments
 
         try:
             parse_adjustments(adjustments or "")
@@ -102,12 +105,12 @@ class AdjustWords(io.ComfyNode):
 
     @classmethod
     def execute(cls, decomposition: Decomposition, clip: CLIP, adjustments: str) -> io.NodeOutput:
-        from ..core.decompose.adjust import adjust, parse_adjustments
+        from ..core.decompose.adjust import adjust
         from .comfy_model import check_fits, graph_text
 
         check_fits(decomposition.embeddings, clip)
         with graph_text(clip) as text:
-            adjusted = adjust(decomposition, text, parse_adjustments(adjustments)).to("cpu")
+            adjusted = adjust(decomposition, text, adjustments).to("cpu")
         return io.NodeOutput(adjusted, conditioning(adjusted, clip), chart(adjusted), adjusted.summary())
 
 
@@ -121,14 +124,14 @@ class SaveDecomposition(io.ComfyNode):
             display_name="Save Decomposition",
             category=_CATEGORY,
             description="Keeps a decomposition as a file in models/conceptkit/decompositions, for Load Decomposition.",
-            search_aliases=[*_ALIASES, "store", "keep", "export"],
+            search_aliases=["store words", "export decomposition"],
             inputs=[
                 Socket.Input("decomposition", tooltip=_GIVEN),
                 io.String.Input(
                     "name",
                     default="",
                     placeholder="named after the concept",
-                    tooltip="The start of the file's name; a short hash of the content follows. Empty takes the concept.",
+                    tooltip=f"{NAME} Empty takes the concept and its first words.",
                 ),
             ],
             outputs=[io.String.Output("file", tooltip="The file's name, as Load Decomposition lists it.")],
@@ -136,10 +139,19 @@ class SaveDecomposition(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str = "") -> bool | str:
+        """True, or what to write instead."""
+        return check_name(DECOMPOSITIONS, name)
+
+    @classmethod
     def execute(cls, decomposition: Decomposition, name: str) -> io.NodeOutput:
-        path = writable(DECOMPOSITIONS, stem(name, decomposition.concept, decomposition.content_hash()))
-        decomposition.save(path)
-        return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
+        from .store import decomposition_file
+
+        path = decomposition_file(decomposition, name)
+        with writing(path):
+            decomposition.save(path)
+        file = listed(DECOMPOSITIONS, path)
+        return io.NodeOutput(file, ui=ui.PreviewText(file))
 
 
 class LoadDecomposition(io.ComfyNode):
@@ -152,19 +164,21 @@ class LoadDecomposition(io.ComfyNode):
             display_name="Load Decomposition",
             category="ConceptKit/loaders",
             description="Reads a decomposition that was saved, here or on another machine. Needs neither model nor time.",
-            search_aliases=[*_ALIASES, "open", "read", "import"],
+            search_aliases=["open words", "import decomposition"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=names(DECOMPOSITIONS),
-                    tooltip="A file in models/conceptkit/decompositions. Every finished Decompose Concept leaves one there.",
+                    tooltip="A file in models/conceptkit/decompositions, named after the concept, its first words and a content hash. "
+                    "The text says which model, template and seed it was made with.",
                 )
             ],
             outputs=[
                 Socket.Output("decomposition", tooltip=FOUND),
                 io.Image.Output("chart", tooltip=CHART),
-                io.String.Output("text", tooltip=TEXT),
+                io.String.Output("text", tooltip=f"{TEXT[:-1]}, and what it was made with."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -180,9 +194,13 @@ class LoadDecomposition(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         from ..core.decompose import Decomposition
+        from .comfy_model import send_text
 
-        found = Decomposition.load(locate(DECOMPOSITIONS, file))
-        return io.NodeOutput(found, chart(found), found.summary())
+        path = locate(DECOMPOSITIONS, file)
+        found = Decomposition.load(path)
+        made = origin(found)
+        send_text(cls.hidden.unique_id, f"{headline(found)}\n{made}\nfile of {date.fromtimestamp(path.stat().st_mtime)}")
+        return io.NodeOutput(found, chart(found), f"{found.summary()}\n{made}")
 
 
 class SaveEmbedding(io.ComfyNode):
@@ -194,15 +212,16 @@ class SaveEmbedding(io.ComfyNode):
             node_id="ConceptKitSaveEmbedding",
             display_name="Save as Embedding",
             category=_CATEGORY,
-            description="Makes the weighted words one new word: a stock textual-inversion file that works without ConceptKit.",
-            search_aliases=[*_ALIASES, "textual inversion", "embedding:", "token", "export"],
+            description="Saves the weighted words as one new word: a stock textual-inversion embedding that works without ConceptKit.",
+            search_aliases=["textual inversion", "embedding:", "pseudo-token", "export embedding"],
             inputs=[
                 Socket.Input("decomposition", tooltip=_GIVEN),
                 io.String.Input(
                     "name",
                     default="",
                     placeholder="bird-words",
-                    tooltip="The name in models/embeddings, to write after `embedding:` in a prompt. Empty takes the concept and -words.",
+                    tooltip="The name in models/embeddings, to write after `embedding:` in a prompt; in a folder if you like "
+                    "(`birds/bird`), with placeholders as in Save Image. Empty takes the concept and -words.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
@@ -218,12 +237,25 @@ class SaveEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str = "") -> bool | str:
+        """True, or what to write instead."""
+        unread = None if name is None else _UNREAD.search(name.strip())
+        if unread is not None:
+            return f"a prompt would read {unread[0]!r} in `embedding:{name.strip()[:80]}` as the end of the name: write - instead"
+        return check_name(EMBEDDINGS, name, hashed=False)
+
+    @classmethod
     def execute(cls, decomposition: Decomposition, name: str, overwrite: bool) -> io.NodeOutput:
-        path = writable("embeddings", name.strip() or f"{slug(decomposition.concept)}-words")
-        decomposition.save_embedding(path, overwrite=overwrite)
+        # A name that another node gives is known only now.
+        said = cls.validate_inputs(name)
+        if isinstance(said, str):
+            raise ValueError(said)
+        path = target(EMBEDDINGS, name, f"{slug(decomposition.concept)}-words")
+        with writing(path):
+            decomposition.save_embedding(path, overwrite=overwrite)
+        word = f"embedding:{Path(listed(EMBEDDINGS, path)).with_suffix('').as_posix()}"
         # ComfyUI takes everything up to the next space for the file's name.
-        prompt = decomposition.template.replace("{}", f" embedding:{path.stem} ").strip()
-        return io.NodeOutput(prompt, ui=ui.PreviewText(f"embedding:{path.stem}\nin {path.parent}"))
+        return io.NodeOutput(decomposition.template.replace("{}", f" {word} ").strip(), ui=ui.PreviewText(word))
 
 
 class WordPictures(io.ComfyNode):
@@ -235,24 +267,24 @@ class WordPictures(io.ComfyNode):
             node_id="ConceptKitWordPictures",
             display_name="Word Pictures",
             category=_CATEGORY,
-            description="Draws what each word of a decomposition looks like alone, beside the concept and the mixture.",
-            search_aliases=[*_ALIASES, "token", "contact sheet", "grid", "compare words", "xy plot"],
+            description="Generates images of each word of a decomposition alone, beside the concept and the mixture.",
+            search_aliases=["contact sheet", "word grid", "compare words", "xy plot"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that draws."),
+                io.Model.Input("model", tooltip="Model to sample from. It is not modified."),
                 io.Clip.Input("clip", tooltip=_CLIP),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="VAE of the same checkpoint."),
                 Socket.Input("decomposition", tooltip=_GIVEN),
-                io.Int.Input("pictures", default=2, min=1, max=16, tooltip="How many pictures of each, one to a row."),
+                io.Int.Input("pictures", default=2, min=1, max=16, tooltip="How many images of each, one per row."),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=2**63 - 17,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="The seed of the first row; each row adds one. A row is what a KSampler draws with that seed.",
+                    tooltip="Seed of the first row; each row adds one. A row is what a KSampler generates with that seed.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Steps of the sampler, DPM++ 2M."),
-                io.Float.Input("cfg", default=7.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance, as in a KSampler."),
+                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps (DPM++ 2M)."),
+                io.Float.Input("cfg", default=7.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance scale; the demo model wants 3."),
                 io.Int.Input(
                     "size",
                     default=0,
@@ -260,13 +292,13 @@ class WordPictures(io.ComfyNode):
                     max=2048,
                     step=64,
                     advanced=True,
-                    tooltip="Side of the square pictures in pixels. 0 takes the size the model was made for.",
+                    tooltip="Side of the square images in pixels. 0 takes the size the model was trained on.",
                 ),
             ],
             outputs=[
-                io.Image.Output("sheet", tooltip="All pictures on one sheet, with the words above and the seeds beside them."),
+                io.Image.Output("sheet", tooltip="All images on one sheet, with the words above and the seeds beside them."),
                 io.Image.Output(
-                    "pictures", tooltip="The same as a batch: first all of the concept, then of the mixture, then of each word."
+                    "pictures", tooltip="The same as a batch: first all images of the concept, then of the mixture, then of each word."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -298,3 +330,10 @@ class WordPictures(io.ComfyNode):
             drawn = word_pictures(host, decomposition, seeds=seeds, height=side, width=side, steps=steps, guidance=cfg, on_step=progress)
         send_text(node, headline(decomposition))
         return io.NodeOutput(image(picture_sheet(decomposition, drawn, seeds)), torch.cat(drawn).movedim(1, -1))
+
+
+def origin(found: Decomposition) -> str:
+    """What a decomposition was made with, in one line."""
+    made = f"made with “{found.template}” on {found.model or 'an unnamed model'} by {found.method}"
+    size = " at {1}×{0}".format(*found.size) if all(found.size) else ""
+    return f"{made}{f' ({found.budget})' if found.budget else ''}{size}, seed {found.seed}"

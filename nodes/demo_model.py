@@ -1,4 +1,7 @@
-"""The demo model "Shapes" made known to ComfyUI, so that the stock checkpoint loader lists and loads it."""
+"""The demo model "Shapes" made known to ComfyUI, so that the stock checkpoint loader lists and loads it.
+
+Loaders list every file with a model's ending in a registered folder, so none there may be a file that they cannot load.
+"""
 
 from __future__ import annotations
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
 from .decompose import image
-from .files import CACHE, EDITS, check, folder, locate, names, place, stamp, stem, writable
+from .files import CACHE, EDITS, LORAS, NAME, check, check_name, folder, listed, locate, names, slug, stamp, target, writing
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -36,7 +35,6 @@ METHODS = [
 """The names of those of ``core.edit.METHODS`` that erase; that module is not loaded to list a node."""
 
 _CATEGORY = "ConceptKit/edit"
-_ALIASES = ["conceptkit", "erase concept", "remove concept", "unlearn", "ablate", "edit concept", "UCE"]
 _GIVEN = "The edit, from Erase Concept, Load Edit or Combine Edits."
 _SOLVED = "The edit itself, a small matrix on the text, for ConceptKit's other nodes."
 _STRENGTH = "How much of the edit to apply: 1 is all of it, 0 leaves everything as it is, below 0 does the opposite."
@@ -55,30 +53,47 @@ class EraseConcept(io.ComfyNode):
             category=_CATEGORY,
             description="Makes the model stop drawing a concept, or draw another in its place, in seconds and without training. "
             "The model in the graph is not changed: the edit is a patch on a copy.",
-            search_aliases=[*_ALIASES, "replace concept", "forget", "censor", "MACE", "RECE", "negative prompt"],
+            search_aliases=[
+                "unlearn",
+                "forget",
+                "remove concept",
+                "remove object",
+                "remove style",
+                "delete concept",
+                "replace concept",
+                "ablate",
+                "block concept",
+                "censor",
+                "nsfw",
+                "safety",
+                "UCE",
+                "MACE",
+                "RECE",
+            ],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to edit, with any LoRAs already on it. SD 1.x, SD 2.x and SDXL. It is only read."
+                    "model", tooltip="Model to edit, with any LoRAs already on it. It is not modified. SD 1.x, SD 2.x and SDXL."
                 ),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.String.Input(
                     "concepts",
                     default="circle",
                     multiline=True,
-                    tooltip="What to erase, one to a line. `circle -> square` draws a square where a circle was asked for.",
+                    tooltip="What to erase, one per line or separated by commas. `circle -> square` generates a square where a prompt says "
+                    'circle. Put a phrase that contains a comma in quotation marks: "a dog, running".',
                 ),
                 io.String.Input(
                     "keep",
                     default="",
                     multiline=True,
-                    placeholder="ring\nmoon",
-                    tooltip="Words that must stay as they are, one to a line or separated by commas: best those that look or sound alike.",
+                    placeholder="e.g. ring, moon",
+                    tooltip="Words that must stay as they are, one per line or separated by commas: best those that look or sound alike.",
                 ),
                 io.Combo.Input(
                     "method",
                     options=METHODS,
                     default="conceptkit",
-                    tooltip="conceptkit is the recommended one. The others are the published methods, for comparison.",
+                    tooltip="conceptkit is recommended. The others are published methods, for comparison.",
                 ),
                 io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 erases, 0 leaves everything as it is."),
                 io.Boolean.Input(
@@ -93,7 +108,7 @@ class EraseConcept(io.ComfyNode):
                     max=2**63 - 1,
                     advanced=True,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="For methods that draw at random. The same seed gives the same edit.",
+                    tooltip="Seed of the methods that sample at random. The same seed gives the same edit.",
                 ),
             ],
             outputs=[
@@ -107,8 +122,11 @@ class EraseConcept(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, concepts: str = "-") -> bool | str:
-        """True, or what to change. An input that another node gives is not known yet, and arrives here as None."""
-        from ..core.edit import parse_concepts
+        """True, or what to change. An input that another node gives is not known yet, and arrives here as None.
+
+        ComfyUI reports it once for every input that is named here, so only one is.
+        """
+        from ..core.phrases import parse_concepts
 
         try:
             if concepts is not None:
@@ -121,10 +139,11 @@ class EraseConcept(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher, clip: CLIP, concepts: str, keep: str, method: str, strength: float, hard: bool, seed: int
     ) -> io.NodeOutput:
-        from ..core.edit import parse_concepts, solve_edit
+        from ..core.edit import solve_edit
+        from ..core.phrases import parse_concepts, parse_list
         from .comfy_model import Progress, check_text, graph_reading, patch_model, send_text
 
-        asked, kept = parse_concepts(concepts), words(keep)
+        asked, kept = parse_concepts(concepts), parse_list(keep)
         for text in [*(concept.text for concept in asked), *(concept.replacement or "" for concept in asked), *kept]:
             check_text(text)
         node = cls.hidden.unique_id
@@ -154,7 +173,7 @@ class ApplyEdit(io.ComfyNode):
             display_name="Apply Edit to Model",
             category=_CATEGORY,
             description="Patches a model with an edit that was solved before, on this model or another of its family.",
-            search_aliases=[*_ALIASES, "patch model", "apply erasure"],
+            search_aliases=["patch model"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch, with any LoRAs already on it. It is only read."),
                 Socket.Input("edit", tooltip=_GIVEN),
@@ -181,7 +200,7 @@ class ApplyEditToConditioning(io.ComfyNode):
             category=_CATEGORY,
             description="The edit without touching weights: for quantised models (fp8, GGUF), and in front of ControlNet. "
             "On positive and negative alike it equals the patched model.",
-            search_aliases=[*_ALIASES, "conditioning adapter", "fp8", "gguf", "quantised"],
+            search_aliases=["conditioning adapter", "fp8", "gguf", "quantised"],
             inputs=[
                 io.Conditioning.Input(
                     "conditioning", tooltip="The prompt, encoded. Use one node for the positive and one for the negative."
@@ -216,7 +235,7 @@ class CombineEdits(io.ComfyNode):
             display_name="Combine Edits",
             category=_CATEGORY,
             description="Two edits as one, as though a model had been patched with both. Concepts solved in one Erase Concept fit better.",
-            search_aliases=[*_ALIASES, "merge edits", "compose edits", "chain"],
+            search_aliases=["merge edits", "compose edits", "chain edits"],
             inputs=[
                 Socket.Input("first", tooltip="The edit the model is patched with first."),
                 Socket.Input("second", tooltip="The edit the patched model is patched with next."),
@@ -243,14 +262,14 @@ class SaveEdit(io.ComfyNode):
             display_name="Save Edit",
             category=_CATEGORY,
             description="Keeps an edit as a small file in models/conceptkit/edits, for Load Edit.",
-            search_aliases=[*_ALIASES, "store", "keep", "export"],
+            search_aliases=["store edit", "export edit"],
             inputs=[
                 Socket.Input("edit", tooltip=_GIVEN),
                 io.String.Input(
                     "name",
                     default="",
                     placeholder="named after the concepts",
-                    tooltip="The start of the file's name; a short hash of the content follows. Empty takes the concepts.",
+                    tooltip=f"{NAME} Empty takes the concepts.",
                 ),
             ],
             outputs=[io.String.Output("file", tooltip="The file's name, as Load Edit lists it.")],
@@ -258,10 +277,17 @@ class SaveEdit(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str = "") -> bool | str:
+        """True, or what to write instead."""
+        return check_name(EDITS, name)
+
+    @classmethod
     def execute(cls, edit: ContextEdit, name: str) -> io.NodeOutput:
-        path = writable(EDITS, file_stem(edit, name))
-        edit.save(path)
-        return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
+        path = target(EDITS, name, concepts_of(edit), edit.content_hash())
+        with writing(path):
+            edit.save(path)
+        file = listed(EDITS, path)
+        return io.NodeOutput(file, ui=ui.PreviewText(file))
 
 
 class LoadEdit(io.ComfyNode):
@@ -274,7 +300,7 @@ class LoadEdit(io.ComfyNode):
             display_name="Load Edit",
             category="ConceptKit/loaders",
             description="Reads an edit that was saved, here or on another machine. Needs neither model nor time.",
-            search_aliases=[*_ALIASES, "open", "read", "import"],
+            search_aliases=["open edit", "import edit"],
             inputs=[
                 io.Combo.Input("file", options=names(EDITS), tooltip="A file in models/conceptkit/edits, as Save Edit writes them."),
             ],
@@ -308,8 +334,8 @@ class SaveEditAsLora(io.ComfyNode):
             node_id="ConceptKitSaveEditLora",
             display_name="Save Edit as LoRA",
             category=_CATEGORY,
-            description="Makes an edit a stock LoRA file in models/loras, which works without ConceptKit, in any tool. Nothing is lost.",
-            search_aliases=[*_ALIASES, "export lora", "extract lora"],
+            description="Saves an edit as a stock LoRA file in models/loras, which gives the same images without ConceptKit, in any tool.",
+            search_aliases=["export lora", "extract lora"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA is for, with the patches it will have when the LoRA is loaded."),
                 Socket.Input("edit", tooltip=_GIVEN),
@@ -317,18 +343,23 @@ class SaveEditAsLora(io.ComfyNode):
                     "name",
                     default="",
                     placeholder="named after the concepts",
-                    tooltip="The start of the file's name; a short hash of the content follows. Empty takes the concepts.",
+                    tooltip=f"{NAME} Empty takes the concepts.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=["fp16", "fp32"],
                     default="fp16",
-                    tooltip="fp16 is half the size and what others use; fp32 is exact.",
+                    tooltip="fp16 is half the size and what most LoRAs use; fp32 is exact.",
                 ),
             ],
             outputs=[io.String.Output("file", tooltip="The file's name, as Load LoRA lists it.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, name: str = "") -> bool | str:
+        """True, or what to write instead."""
+        return check_name(LORAS, name)
 
     @classmethod
     def execute(cls, model: ModelPatcher, edit: ContextEdit, name: str, precision: str) -> io.NodeOutput:
@@ -342,9 +373,11 @@ class SaveEditAsLora(io.ComfyNode):
         attention = GraphCrossAttention(model)
         # By the LoRA's own content: one edit is another LoRA for another model, and in another precision.
         content = content_hash(lora_tensors(edit, attention, dtype), {})
-        path = writable("loras", stem(name, concepts_of(edit), content))
-        save_lora(edit, attention, path, dtype=dtype, overwrite=True)
-        return io.NodeOutput(path.name, ui=ui.PreviewText(place(path)))
+        path = target(LORAS, name, concepts_of(edit), content)
+        with writing(path):
+            save_lora(edit, attention, path, dtype=dtype, overwrite=True)
+        file = listed(LORAS, path)
+        return io.NodeOutput(file, ui=ui.PreviewText(file))
 
 
 class EditReport(io.ComfyNode):
@@ -358,7 +391,7 @@ class EditReport(io.ComfyNode):
             category=_CATEGORY,
             description="What an edit does to a model, without drawing a picture: how far each concept is gone in every layer, "
             "which other words it moves, and whether a prompt could bring it back.",
-            search_aliases=[*_ALIASES, "audit", "trace", "certificate", "what changed"],
+            search_aliases=["audit", "trace", "certificate", "what changed"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from before the edit."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
@@ -385,19 +418,9 @@ class EditReport(io.ComfyNode):
         return io.NodeOutput(chart(edit, report), text, json.dumps(report.to_json(), indent=1))
 
 
-def words(text: str) -> tuple[str, ...]:
-    """The texts of a list written one to a line or separated by commas, without repeats."""
-    return tuple(dict.fromkeys(part.strip() for part in re.split(r"[,\n]", text) if part.strip()))
-
-
-def file_stem(edit: ContextEdit, name: str) -> str:
-    """The name of an edit's file: what was asked for, or its concepts, and a hash of the content."""
-    return stem(name, concepts_of(edit), edit.content_hash())
-
-
 def concepts_of(edit: ContextEdit) -> str:
     """What an edit's files are named after."""
-    return "-".join(concept.text for concept in edit.concepts)
+    return slug(*(concept.text for concept in edit.concepts))
 
 
 def chart(edit: ContextEdit, report: Report | None) -> Tensor:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -12,19 +16,35 @@ import folder_paths
 DECOMPOSITIONS = "conceptkit_decompositions"
 EDITS = "conceptkit_edits"
 CACHE = "conceptkit_cache"
+LORAS = "loras"
+EMBEDDINGS = "embeddings"
+
+NAME = (
+    "A name, in a folder if you like (`birds/bird`), with placeholders as in Save Image (`%date:yyyy-MM-dd%`); "
+    "a short hash of the content follows."
+)
+"""The tooltip of a save node's name."""
+
 _FOLDERS = {DECOMPOSITIONS: "decompositions", EDITS: "edits", CACHE: "cache"}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_ENDING = ".safetensors"
+_HASH = 10  # digits of a content hash in a file's name: 2^40 of them
+_LONGEST = 255  # bytes in the name of a file or folder, on all common file systems
+_SUBJECT = 80  # characters of a name that is made of what a file holds
+_DATE = re.compile(r"dd?|MM?|hh?|mm?|ss?|yyy?y?")
+# What names a device on Windows, with any ending: a workflow gives the same file everywhere.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.IGNORECASE)
+_JOINERS = "\u200c\u200d"  # not printable, but part of words in several scripts
 
 
 def register_folders() -> None:
     """Make the folders known under their keys, after any that extra_model_paths.yaml names. Does nothing the second time."""
     for key, folder in _FOLDERS.items():
         folder_paths.add_model_folder_path(key, str(Path(folder_paths.models_dir, "conceptkit", folder)))
-        folder_paths.folder_names_and_paths[key][1].add(".safetensors")
+        folder_paths.folder_names_and_paths[key][1].add(_ENDING)
 
 
 def names(key: str) -> list[str]:
-    """The files in a folder, for a combo."""
+    """The files in a folder and the folders in it, for a combo."""
     return folder_paths.get_filename_list(key)
 
 
@@ -46,11 +66,50 @@ def folder(key: str) -> Path:
     return Path(folder_paths.get_folder_paths(key)[0])
 
 
-def writable(key: str, name: str) -> Path:
-    """The path of a file to write, ``name`` being a plain name without a folder or ending. Raises ValueError for any other."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot name a file: use letters, digits, - and _, without a folder")
-    return folder(key) / f"{name.removesuffix('.safetensors')}.safetensors"
+def target(key: str, asked: str, subject: str, content_hash: str = "") -> Path:
+    """The path of a file to write: ``asked`` as a save node reads it, or ``subject`` where nothing is asked for, and a short hash.
+
+    Raises ValueError, saying what to write instead, for a name that cannot be one everywhere or leads out of the folder.
+    """
+    tail = f"-{content_hash[:_HASH]}" if content_hash else ""
+    *folders, name = _parts(asked, len(tail)) or [subject]
+    path = folder(key).joinpath(*folders, f"{name}{tail}{_ENDING}")
+    if not folder_paths.is_within_directory(str(folder(key)), str(path)):
+        raise ValueError(f"{asked!r} leads out of {folder(key)} through a link: write a folder that lies in it")
+    return path
+
+
+def check_name(key: str, asked: str | None, *, hashed: bool = True) -> bool | str:
+    """For ``validate_inputs``: True, or what to write instead of a name, or that its folder cannot be written. None is not known yet."""
+    if asked is None:
+        return True
+    try:
+        path = target(key, asked, "name", "0" * _HASH if hashed else "")
+    except ValueError as error:
+        return str(error)
+    there = next(above for above in path.parents if os.path.exists(above))
+    if not there.is_dir():
+        return f"{there} is a file, so nothing can be saved in a folder of that name: write another name"
+    return True if os.access(there, os.W_OK) else unwritable(path, "read-only, or no permission")
+
+
+def unwritable(path: Path, reason: str) -> str:
+    """What to say about a file that cannot be written."""
+    return f"{path.parent} cannot be written ({reason}): let ComfyUI write there, or put another folder first in extra_model_paths.yaml"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system says about a file that cannot be written into a sentence (OSError)."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(unwritable(path, error.strerror or str(error))) from error
+
+
+def listed(key: str, path: Path) -> str:
+    """A file's name as loaders list it: below its folder."""
+    return str(path.relative_to(folder(key)))
 
 
 def check(key: str, name: str | None) -> bool | str:
@@ -78,16 +137,58 @@ def code_hash(family: str) -> str:
     return digest.hexdigest()
 
 
-def stem(asked: str, subject: str, content_hash: str) -> str:
-    """The name of a result's file: what was asked for, or what it is of, and a hash of the content."""
-    return f"{asked.strip() or slug(subject)}-{content_hash[:10]}"
+def slug(*texts: str) -> str:
+    """Texts as part of a file's name: their letters and digits, of any script, joined by hyphens."""
+    words = [word for text in texts for word in re.split(r"[\W_]+", text) if word]
+    return "-".join(words)[:_SUBJECT].strip("-") or "concept"
 
 
-def place(path: Path) -> str:
-    """What a node says of a file it wrote."""
-    return f"{path.name}\nin {path.parent}"
+def _parts(asked: str, tail: int) -> list[str]:
+    """The folders and the name in what was asked for, [] for nothing; ``tail``: how many bytes will follow before the ending."""
+    asked = asked.strip()
+    # As stock save nodes do, so that `birds/` is the name birds; a backslash is what Windows writes for a slash.
+    parts = [part for part in _dated(asked).replace("\\", "/").split("/") if part not in ("", ".")]
+    if not parts:
+        return []
+    if parts[-1].lower().endswith(_ENDING):
+        parts[-1] = parts[-1][: -len(_ENDING)]
+    wrong = "it begins with a slash" if asked[0] in "/\\" else next(filter(None, map(_wrong, parts)), "")
+    over = max(len(part.encode("utf-8", "replace")) - _LONGEST + (part is parts[-1]) * (tail + len(_ENDING)) for part in parts)
+    if not wrong and over > 0:
+        wrong = f"it is {over} bytes too long"
+    if wrong:
+        raise ValueError(f"{asked[:80]!r} cannot name a file ({wrong}): write a name such as bird, or birds/bird for one in a folder")
+    return parts
 
 
-def slug(text: str) -> str:
-    """``text`` as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[:40] or "concept"
+def _wrong(part: str) -> str:
+    """Why a part of a path cannot be the name of a file or folder on every system; nothing where it can."""
+    if part == "..":
+        return "`..` leads out of the folder"
+    if part[:1] in ("", "."):
+        return "a name begins with a dot"
+    if part[-1] in ". ":
+        return "a name ends with a dot or a space"
+    if any(not (character.isprintable() or character in _JOINERS) for character in part):
+        return "it holds characters that cannot be seen"
+    if found := set(part) & set('<>:"|?*'):
+        return f"it holds {min(found)}"
+    return f"{part} is the name of a device on Windows" if _DEVICE.fullmatch(part) else ""
+
+
+def _dated(name: str) -> str:
+    """``name`` with the placeholders for the time replaced that stock save nodes know, on the server (`%year%`) or in the browser
+    (`%date:yyyy-MM-dd%`); others, such as `%KSampler.seed%`, are the browser's to replace."""
+    if "%" not in name:
+        return name
+    now = time.localtime()
+    numbers = {"d": now.tm_mday, "M": now.tm_mon, "h": now.tm_hour, "m": now.tm_min, "s": now.tm_sec}
+    years = {"yy": f"{now.tm_year % 100:02}", "yyyy": str(now.tm_year)}
+
+    def part(match: re.Match[str]) -> str:
+        asked = match[0]
+        return years.get(asked, asked) if asked[0] == "y" else str(numbers[asked[0]]).zfill(len(asked))
+
+    name = re.sub(r"%date:([^%]*)%", lambda match: _DATE.sub(part, match[1]), name)
+    named = {"year": "yyyy", "month": "MM", "day": "dd", "hour": "hh", "minute": "mm", "second": "ss"}
+    return re.sub(f"%({'|'.join(named)})%", lambda match: _DATE.sub(part, named[match[1]]), name)

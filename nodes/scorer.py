@@ -1,4 +1,4 @@
-"""Load Image Scorer: a checkpoint's joint embedding of pictures and texts."""
+"""Load Image Scorer: a checkpoint's joint embedding of images and texts."""
 
 from __future__ import annotations
 
@@ -13,28 +13,33 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP
 
 
+_SHIPPED = "shapes.safetensors"
+
+
 class LoadImageScorer(io.ComfyNode):
     """The node around ``core.score.JointScorer``."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        listed = [name for name in folder_paths.get_filename_list("checkpoints") if name.endswith(".safetensors")]
         return io.Schema(
             node_id="ConceptKitLoadScorer",
             display_name="Load Image Scorer",
             category="ConceptKit/loaders",
-            description="Loads what judges how well a picture fits a text, for ConceptKit's other nodes.",
-            search_aliases=["conceptkit", "clip score", "clip vision", "image text similarity", "zero-shot", "classifier", "scorer"],
+            description="Loads a CLIP-style scorer that rates how well an image matches a text, for ConceptKit's other nodes.",
+            search_aliases=["clip score", "clip vision", "image text similarity", "zero-shot", "classifier", "scorer"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=[name for name in folder_paths.get_filename_list("checkpoints") if name.endswith(".safetensors")],
-                    tooltip="The checkpoint that holds a scorer: shapes.safetensors, which comes with ConceptKit.",
+                    options=listed,
+                    default=_SHIPPED if _SHIPPED in listed else None,
+                    tooltip="A checkpoint that holds a scorer, such as shapes.safetensors, which comes with ConceptKit.",
                 ),
-                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint: its text encoder reads the texts."),
+                io.Clip.Input("clip", tooltip="CLIP of the same checkpoint: its text encoder encodes the texts."),
             ],
             outputs=[
                 io.Custom("CONCEPTKIT_SCORER").Output(
-                    "scorer", tooltip="Pictures and texts as directions in one space: the closer two are, the better they fit."
+                    "scorer", tooltip="Embeds images and texts in one space: the smaller the angle between two, the better they match."
                 )
             ],
         )

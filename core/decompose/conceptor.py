@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, read, write
+from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
 from ..model import Conditioning, NonFinite, OutOfMemory, UnsupportedModel
 from ..sampling import initial_noise, sample, schedule
 from .fidelity import explained, measure, picture_seeds, sampled_states
@@ -164,7 +164,7 @@ class _Run:
                 self.scores.append(score)
         found = self._result()
         if task.checkpoint is not None:
-            task.checkpoint.unlink(missing_ok=True)
+            discard(task.checkpoint)
         return found
 
     def _sampled(self, conditioning: Conditioning, seeds: list[int], at_once: int = 10) -> Tensor:
@@ -332,7 +332,7 @@ class _Run:
             tensors |= {f"{name}.{index}": state.get(name, torch.zeros_like(parameter)) for name in _MOMENTS}
         header = {"step": self.step, "scores": self.scores, "evals": self.tally.evals, "calls": self.tally.calls}
         identity = {"format": _CHECKPOINT, "version": 1, "key": self._key()}
-        write(self.task.checkpoint, tensors, {**header, **identity}, overwrite=True)
+        write_spare(self.task.checkpoint, tensors, {**header, **identity})
 
     def _resume(self, path: Path) -> None:
         """Continue where ``path`` says a run stopped. Raises ArtifactError when it cannot be read or is another run's."""

@@ -35,9 +35,9 @@ def decompose_concept(
     method: str = "distilled",
     template: str = "a photo of a {}",
     words: int = 5,
-    candidates: Iterable[str] | None = None,
+    candidates: str | Iterable[str] | None = None,
     limit: int = 1000,
-    exclude: Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     exclude_unsafe: bool = True,
     keep_concept: bool = False,
     budget: Budget = "default",
@@ -54,8 +54,9 @@ def decompose_concept(
     method: a name in ``METHODS``; budget: how much it may spend, and ``settings`` replaces single settings of that budget (such as
     ``{"guidance": 7.5}``). candidates: the words to choose from, else the model's own ``words``, else the ``limit`` whole words nearest
     to the concept; ``exclude``, personal names and offensive words (``exclude_unsafe``), and the concept itself with its near-copies
-    (unless ``keep_concept``) are left out, and the result says so. height, width: of the pictures sampled, in pixels. select: what the
-    conceptor method chooses its result by. checkpoint: a file that a stopped run continues from. ``on_step`` counts evals.
+    (unless ``keep_concept``) are left out, and the result says so. A str for candidates or exclude is read as `parse_list` does.
+    height, width: of the pictures sampled, in pixels. select: what the conceptor method chooses its result by. checkpoint: a file that a
+    stopped run continues from. ``on_step`` counts evals.
     Deterministic: all randomness comes from ``seed``. The base model is only read.
 
     Look at ``r2`` before believing the words: it is measured on pictures that the fit did not see.

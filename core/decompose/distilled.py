@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, read, write
+from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
 from ..model import Conditioning, OutOfMemory
 from .fidelity import explained, measure, picture_seeds, sampled_states
 from .mixture import Mixture
@@ -181,7 +181,7 @@ class _Fit:
         fidelity, importance = measure(chosen, alpha, heldout, self.tally.report)
         evals, calls = self.tally.evals, self.tally.calls
         if task.checkpoint is not None:
-            task.checkpoint.unlink(missing_ok=True)
+            discard(task.checkpoint)
         self.tally.finish({"r2": fidelity.heldout})
         return Decomposition(
             concept=task.name,
@@ -416,7 +416,7 @@ class _Fit:
             "evals": self.tally.evals,
             "calls": self.tally.calls,
         }
-        write(self.task.checkpoint, tensors, header, overwrite=True)
+        write_spare(self.task.checkpoint, tensors, header)
 
     def _resume(self) -> tuple[_Progress, int, int]:
         path = self.task.checkpoint

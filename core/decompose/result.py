@@ -189,26 +189,32 @@ class Decomposition:
         alpha = self.alpha * torch.tensor([changes.get(word, 1.0) for word in self.words])
         return self._with(alpha, self.embeddings, self.words, self.ids, [f"{word} x {factor:g}" for word, factor in changes.items()])
 
-    def with_word(self, text: TextEncoder, word: str, share: float) -> Decomposition:
-        """With ``word`` at ``share`` of the whole, the other words keeping their proportions; a word already here is set to that share.
+    def with_words(self, text: TextEncoder, shares: Mapping[str, float]) -> Decomposition:
+        """With each word of ``shares`` at its share of the whole, all at once; the other words take the rest in their proportions.
 
-        text: the encoder of the model that was decomposed. Raises ValueError for a share not between 0 and 1, a word that is not one
-        whole token, or another model's encoder.
+        A word that is already here is set to its share. text: the encoder of the model that was decomposed. Raises ValueError for shares
+        that are not above 0 or not below 1 together, a word that is not one whole token, no other word left for the rest, or another
+        model's encoder.
         """
-        if not 0 < share < 1:
-            raise ValueError(f"a share lies between 0 and 1, got {share:g}")
-        index, rows = self._look_up(text, word)
-        word = word.strip().lower()
-        if word in self.words:
-            others = self.alpha * torch.tensor([float(other != word) for other in self.words])
-            if not float(others.sum()) > 0:
-                raise ValueError(f"{word!r} is the only word: add another one")
-            alpha = (1 - share) * others / others.sum()
-            alpha[self.words.index(word)] = share
-            return self._with(alpha, self.embeddings, self.words, self.ids, [f"{word} = {share:g}"])
-        joined = {name: torch.cat([own, rows[name].to(own)]) for name, own in self.embeddings.items()}
-        alpha = torch.cat([(1 - share) * self.alpha / self.alpha.sum(), torch.tensor([float(share)])])
-        return self._with(alpha, joined, (*self.words, word), (*self.ids, index), [f"+ {word} = {share:g}"])
+        asked = {word.strip().lower(): float(share) for word, share in shares.items()}
+        total = math.fsum(asked.values())
+        if not all(share > 0 for share in asked.values()) or not total < 1:
+            got = ", ".join(f"{share:g}" for share in asked.values())
+            raise ValueError(f"a share lies between 0 and 1, and all of them together below 1, got {got}")
+        if not asked:
+            return self
+        found = {word: self._look_up(text, word) for word in asked}
+        fresh = [word for word in asked if word not in self.words]
+        others = self.alpha * torch.tensor([float(word not in asked) for word in self.words])
+        if not float(others.sum()) > 0:
+            raise ValueError(f"no other word is left beside {', '.join(map(repr, asked))}: add another one")
+        alpha = torch.cat([(1 - total) * others / others.sum(), torch.zeros(len(fresh))])
+        words, ids = (*self.words, *fresh), (*self.ids, *(found[word][0] for word in fresh))
+        for word, share in asked.items():
+            alpha[words.index(word)] = share
+        joined = {name: torch.cat([own, *(found[word][1][name].to(own) for word in fresh)]) for name, own in self.embeddings.items()}
+        edits = [f"{'+ ' if word in fresh else ''}{word} = {share:g}" for word, share in asked.items()]
+        return self._with(alpha, joined, words, ids, edits)
 
     def replaced(self, text: TextEncoder, old: str, new: str) -> Decomposition:
         """With ``new`` in place of ``old`` at the same share; where ``new`` is already here, it takes over that share.
@@ -333,7 +339,7 @@ class Decomposition:
             lines.append(f"{explains} of what the concept changes (pictures not fitted), {self.evals} evals in {self.calls} calls")
             if not self.reliable:
                 lines.append(
-                    "These words do not explain the concept well: take more words or more candidates, or another template or seed."
+                    "These words do not explain the concept well: decompose it again with more words, or with another template or seed."
                 )
         if self.selected:
             lines.append(f"selected by {self.selected}")

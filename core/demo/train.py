@@ -481,7 +481,9 @@ def main() -> None:
             pairs, options.runs / "diffusion.pt", len(world.tokens), options.runs / "scorer.pt", steps=options.steps or 2000, **common
         )
     else:
-        export(world, options.runs, options.out or Path(__file__).parent / "data" / f"{options.world}.safetensors", options.beside)
+        # Loaders of checkpoints list every .safetensors file, and cannot load one that holds only what differs from another.
+        ending = "safetensors" if options.beside is None else "delta"
+        export(world, options.runs, options.out or Path(__file__).parent / "data" / f"{options.world}.{ending}", options.beside)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ..phrases import Concept
 from ..vocabulary import candidates
 from .job import Job, Solution
 from .report import Adversary, distortion, trace
 from .solve import LowRank, Problem, annihilate, minimise, response
-from .texts import TEMPLATES, Concept, Prompt, common_words, fill, mentions
+from .texts import TEMPLATES, Prompt, common_words, fill, mentions
 
 FRAMES = (
     "a photo of a {} and a {0}",

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import artifact
 from ..model import Conditioning, CrossAttention, Family, NonFinite
+from ..phrases import Concept
 from .layers import in_single
 from .report import Report
 from .solve import LowRank
-from .texts import Concept
 
 FORMAT, VERSION = "conceptkit-edit", 1
 FAMILIES: tuple[str, ...] = (*get_args(Family), "sd3", "flux")
@@ -246,7 +246,7 @@ class ContextEdit:
     def summary(self) -> str:
         """What the edit does, in a few lines for people."""
         if self.is_identity:
-            return "No edit: nothing is changed."
+            return "No edit: no concept was listed, or the strength is 0. The model stays as it is."
         listed = [
             f"{concept} (read as {anchor!r})" if concept.replacement is None and anchor.strip() else str(concept)
             for concept, anchor in zip(self.concepts, self.anchors, strict=True)

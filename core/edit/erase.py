@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import Model, NonFinite
+from ..phrases import Concept, parse_concepts, parse_list
 from ..progress import OnStep, silent
 from ..vocabulary import candidates
 from .default import conceptkit
@@ -20,7 +21,7 @@ from .layers import cross_attention, in_single
 from .presets import PRESETS, Preset
 from .report import Adversary, ConceptTrace, Report, WordShift, distortion, shift, trace
 from .solve import LowRank
-from .texts import Concept, check_concepts, common_words, fill, parse_concepts
+from .texts import check_concepts, common_words, fill
 
 METHODS: Mapping[str, Preset] = {
     "conceptkit": Preset(
@@ -46,7 +47,7 @@ def solve_edit(
     model: Model,
     concepts: str | Sequence[Concept | str],
     *,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     method: str = "conceptkit",
     strength: float = 1.0,
     hard: bool = False,
@@ -57,21 +58,22 @@ def solve_edit(
 ) -> ContextEdit:
     """The edit that erases ``concepts`` (or puts their replacements in their place), solved jointly, with its report.
 
-    concepts: one a line or an item, "circle" or "circle -> square". keep: words that must stay as they are. hard (conceptkit only): no
+    concepts: "circle" or "circle -> square", as `parse_concepts` reads them. keep: words that must stay as they are, a sequence or a str as
+    `parse_list` reads it. hard (conceptkit only): no
     embedding at all is read as exactly a concept. captions: texts that must keep their meaning, the pack's own by default. cache: a folder
     for what depends on the checkpoint alone. Strength 0 or no concepts give the identity. Nothing in the model is changed.
 
     Raises ValueError for concepts that cannot be meant, an unknown method or a singular system, UnsupportedModel for a model whose weights
     cannot be read, NonFinite when anything comes out as NaN or infinity, and whatever ``on_step`` raises.
     """
-    listed = parse_concepts(concepts) if isinstance(concepts, str) else tuple(_concept(c) for c in concepts)
+    listed = parse_concepts(concepts)
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
     if hard and method != "conceptkit":
         raise ValueError(f"hard erasing is part of the method 'conceptkit' and {method!r} has none: choose that method, or turn hard off")
     if not math.isfinite(strength):
         raise ValueError(f"the strength is {strength}: give a number, 0 for no edit and 1 for the whole")
-    keep = tuple(keep)
+    keep = parse_list(keep)
     check_concepts(model.text, listed, keep)
     job = Job(model, listed, keep, captions, cache, seed, hard, on_step)
     if not listed or strength == 0:
@@ -104,13 +106,6 @@ def report_edit(model: Model, edit: ContextEdit, *, captions: Sequence[str] | No
     if edit.width != job.width:
         raise ValueError(f"the edit is for text {edit.width} wide and this model's is {job.width}: use the model family it was solved on")
     return _measure(job, edit)
-
-
-def _concept(item: Concept | str) -> Concept:
-    if isinstance(item, Concept):
-        return item
-    found = parse_concepts([item])
-    return found[0]
 
 
 def _measure(job: Job, edit: ContextEdit) -> Report:

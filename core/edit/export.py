@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..artifact import ArtifactError
+from ..artifact import ArtifactError, beside
 from ..model import CrossAttention
 from .edit import ContextEdit
 
@@ -51,7 +50,7 @@ def save_lora(
         raise ArtifactError(f"{path} exists: choose another name, or delete it first")
     tensors = lora_tensors(edit, attention, dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = beside(path)
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",

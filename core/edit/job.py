@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from ..model import Model
+from ..phrases import Concept
 from ..progress import OnStep, silent
 from .layers import Gram, gram
 from .solve import LowRank
-from .texts import Concept, Corpus, Texts, caption_corpus, corpus
+from .texts import Corpus, Texts, caption_corpus, corpus
 
 
 @dataclass(eq=False)
@@ -29,6 +30,8 @@ class Job:
     texts: Texts = field(init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.captions, str):
+            raise ValueError("captions is one text, and would be read letter by letter: give a list of texts")
         self.texts = Texts(self.model.text)
 
     @property

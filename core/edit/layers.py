@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from .. import artifact
 from ..model import CrossAttention, Model, NonFinite, UnsupportedModel
+
+logger = logging.getLogger(__name__)
 
 CACHE_FORMAT, CACHE_VERSION = "conceptkit-cache", 1
 
@@ -115,19 +119,20 @@ def cached(
     shapes: Mapping[str, tuple[int, ...]],
     compute: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Float64 tensors found in ``folder`` under ``name`` if they were computed for this ``identity``, else computed and put there."""
+    """Float64 tensors found in ``folder`` under ``name`` if they were computed for this ``identity``, else computed and put there if it
+    can be written: a folder that cannot is a warning in the log."""
     if folder is None:
         return compute()
     path = folder / f"{name}.safetensors"
     header = {"format": CACHE_FORMAT, "version": CACHE_VERSION, **identity}
-    if path.is_file():
+    if os.path.isfile(path):
         try:
             tensors, found = artifact.read(path, CACHE_FORMAT, CACHE_VERSION, lambda _: {n: (torch.float64, s) for n, s in shapes.items()})
-        except artifact.ArtifactError:
-            path.unlink(missing_ok=True)
+        except artifact.ArtifactError as error:
+            logger.warning("%s; it is computed again", error)
         else:
             if found == header:
                 return tensors
     result = compute()
-    artifact.write(path, result, header, overwrite=True)
+    artifact.write_spare(path, result, header)
     return result

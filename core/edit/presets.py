@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..phrases import Concept
 from .job import Job, Solution
 from .layers import cross_attention, weights
 from .solve import LowRank, Problem, minimise, response
-from .texts import Concept, Prompt, Texts
+from .texts import Prompt, Texts
 
 Span: TypeAlias = Callable[[Prompt, Prompt], tuple[list[int], list[int]]]
 """Positions of the concept's prompt, and of the anchor's prompt they are to be read as, one by one."""

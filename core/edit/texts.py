@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model import Model, TextEncoder
+from ..phrases import Concept, plain
 from ..vocabulary import is_known, stem, whole_words
 from .layers import cached
 
@@ -25,58 +26,21 @@ MEMORY = 1 << 23
 """Bytes of contexts that are kept for another question."""
 
 
-@dataclass(frozen=True)
-class Concept:
-    """A text to erase, and what is to be read in its place (None: nothing, as though it had not been said).
-
-    attributes: (text, share to add) pairs, for the methods that balance.
-    """
-
-    text: str
-    replacement: str | None = None
-    attributes: tuple[tuple[str, float], ...] = ()
-
-    def __str__(self) -> str:
-        return self.text if self.replacement is None else f"{self.text} -> {self.replacement}"
-
-
-def parse_concepts(lines: str | Iterable[str]) -> tuple[Concept, ...]:
-    """Concepts, one a line: ``circle`` or ``circle -> square``. Raises ValueError for an empty line or an arrow without a side.
-
-    A text that is empty as a whole holds no concepts.
-    """
-    if isinstance(lines, str):
-        lines = lines.strip().splitlines()
-    concepts = []
-    for number, line in enumerate(lines, 1):
-        text, arrow, replacement = (part.strip() for part in line.partition("->"))
-        if not text:
-            raise ValueError(f"line {number} names no concept: delete the line, or write the concept in it")
-        if arrow and (not replacement or "->" in replacement):
-            raise ValueError(f"line {number} ({line.strip()!r}) must read 'concept -> replacement', or just 'concept'")
-        concepts.append(Concept(text, replacement or None))
-    return tuple(concepts)
-
-
 def check_concepts(text: TextEncoder, concepts: Sequence[Concept], keep: Sequence[str]) -> None:
-    """Raises ValueError for concepts that cannot be meant: unknown, named twice, kept as well, or equal to their replacement."""
-    kept = {_plain(word) for word in keep}
+    """Raises ValueError for concepts that cannot be meant: unknown, kept as well, or equal to their replacement."""
+    kept = {plain(word) for word in keep}
     seen: set[str] = set()
     for concept in concepts:
-        name = _plain(concept.text)
+        name = plain(concept.text)
         if not name:
-            raise ValueError("an empty text is no concept: delete the empty line")
-        if name in seen:
-            raise ValueError(f"{concept.text!r} is listed twice: delete one of the two lines")
+            raise ValueError("an empty text is no concept: name one, or leave the entry out")
         seen.add(name)
         if name in kept:
             raise ValueError(f"{concept.text!r} is to be erased and kept: take it off one of the two lists")
-        if concept.replacement is not None and _plain(concept.replacement) == name:
+        if concept.replacement is not None and plain(concept.replacement) == name:
             raise ValueError(f"{concept.text!r} is to be replaced by itself: name another replacement, or none")
-    if any(not _plain(word) for word in keep):
-        raise ValueError("the keep list has an empty entry: delete the empty line")
     for concept in concepts:
-        if concept.replacement is not None and _plain(concept.replacement) in seen:
+        if concept.replacement is not None and plain(concept.replacement) in seen:
             raise ValueError(f"{concept.replacement!r} replaces {concept.text!r} and is erased itself: name another replacement")
         said = [("concept", concept.text), ("replacement", concept.replacement), *(("attribute", a) for a, _ in concept.attributes)]
         for role, words in said:
@@ -89,10 +53,6 @@ def check_concepts(text: TextEncoder, concepts: Sequence[Concept], keep: Sequenc
 
 def _unknown(role: str, words: str) -> str:
     return f"the text encoder does not know the {role} {words!r}: check the spelling, or use a commoner word"
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 @dataclass(frozen=True)

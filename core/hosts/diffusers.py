@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "data"
-DEMOS = {"demo": "shapes.safetensors", "demo-second": "second.safetensors"}
-"""The models that come with the project: of the Shapes world, and of a second world in the same looks."""
+DEMOS = {"demo": "shapes.safetensors", "demo-second": "second.delta"}
+"""The models that come with the project: of the Shapes world, and of a second world in the same looks. The second file holds only what
+differs from the first, which no other loader understands; hence its ending, which checkpoint lists do not show."""
 LENGTH = 77
 """Tokens a CLIP text encoder reads, start and end included."""
 

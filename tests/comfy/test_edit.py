@@ -215,7 +215,8 @@ def test_the_report_of_any_edit(comfy, untouched):
     [
         ({"concepts": "circle -> circle"}, "is to be replaced by itself"),
         ({"concepts": "circle", "keep": "ring\ncircle"}, "take it off one of the two lists"),
-        ({"concepts": "circle\ncircle"}, "delete one of the two lines"),
+        ({"concepts": "circle", "keep": '"ring, moon'}, "put quotation marks around a whole phrase"),
+        ({"concepts": "circle", "keep": "ring -> moon"}, "an arrow has no meaning in this list"),
         ({"concepts": "ሴስ"}, "does not know the concept"),
         ({"concepts": "(circle:1.3)"}, "write plain words"),
         ({"concepts": "circle " * 80}, "tokens"),
@@ -228,12 +229,41 @@ def test_bad_inputs_fail_with_a_sentence(comfy, untouched, inputs, message):
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
-    [({"concepts": "circle\n\nred"}, "line 2 names no concept"), ({"concepts": "circle -> "}, "concept -> replacement")],
+    [
+        ({"concepts": "red\n-> circle"}, "line 2, '-> circle': write"),
+        ({"concepts": "circle -> "}, "concept -> replacement"),
+        ({"concepts": "circle, Circle -> ring"}, "listed twice"),
+    ],
 )
 def test_bad_widgets_are_refused_before_anything_runs(comfy, inputs, message):
     with pytest.raises(AssertionError, match="custom_validation_failed") as refusal:
         comfy.queue(comfy.loaders() | erase(**inputs) | sampled("bad", ("erase", 0)))
-    assert message in str(refusal.value)
+    (error,) = json.loads(str(refusal.value))["node_errors"]["erase"]["errors"]
+    assert message in error["details"]
+
+
+def test_a_comma_separates_as_a_line_does(comfy, untouched):
+    """It used to make one phrase of two concepts, which erased neither."""
+    found = latents(
+        comfy,
+        erase("lines", concepts="circle -> star\nsquare -> ring", keep="moon\nred"),
+        erase("commas", concepts="circle -> star, square -> ring; Circle -> star # again", keep="moon, red, Moon"),
+        sampled("lines", ("lines", 0)),
+        sampled("commas", ("commas", 0)),
+        sampled("plain"),
+    )
+    assert torch.equal(found["lines"], found["commas"])
+    assert not torch.equal(found["lines"], found["plain"])
+
+
+def test_an_empty_list_is_no_error_and_says_so(comfy, untouched):
+    graph = erase(concepts=" \n# circle") | {
+        "text": node("PreviewAny", source=["erase", 3]),
+        "chart": node("PreviewImage", images=["erase", 2]),
+    }
+    outputs = comfy.run(comfy.loaders() | graph)
+    assert outputs["text"]["text"] == ["No edit: no concept was listed, or the strength is 0. The model stays as it is."]
+    assert len(outputs["chart"]["images"]) == 1
 
 
 def test_an_edit_of_another_family_is_refused(comfy, untouched):

@@ -10,14 +10,16 @@ SNAPSHOT = Path(__file__).resolve().parent / "schemas.json"
 
 
 def face(node):
-    """What a workflow stores or relies on; the files that a combo lists are left out."""
+    """What a workflow stores or relies on; the files that a combo lists, and the one it begins with, are left out."""
     inputs = {}
     for need, specs in node["input"].items():
         for name, (kind, *rest) in specs.items() if need != "hidden" else ():
             options = rest[0] if rest else {}
             kept = {key: options[key] for key in ("default", "min", "max", "step", "advanced", "control_after_generate") if key in options}
             choices = options.get("options", kind if isinstance(kind, list) else None)
-            if choices and not any(str(choice).endswith(".safetensors") for choice in choices):
+            if any(str(choice).endswith(".safetensors") for choice in choices or ()):
+                kept.pop("default", None)
+            elif choices:
                 kept["options"] = choices
             inputs[name] = [need, "COMBO" if isinstance(kind, list) else kind, kept]
     return {"inputs": inputs, "outputs": list(map(list, zip(node["output_name"], node["output"], node["output_is_list"], strict=True)))}

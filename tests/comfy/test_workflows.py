@@ -87,18 +87,23 @@ def decompose(comfy, **inputs):
     return comfy.loaders() | {"node": node, "show": {"class_type": "PreviewAny", "inputs": {"source": ["node", 3]}}}
 
 
-@pytest.mark.parametrize(
-    ("inputs", "message"), [({"concept": " "}, "the concept is empty"), ({"template": "a photo"}, "must contain {} once")]
-)
-def test_bad_widgets_are_refused_before_anything_runs(comfy, inputs, message):
+@pytest.mark.parametrize("kind", ["ConceptKitDecompose", "ConceptKitConceptor"])
+def test_a_bad_template_is_refused_before_anything_runs_and_reported_once(comfy, kind):
+    graph = decompose(comfy, template="a photo")
+    graph["node"]["class_type"] = kind
     with pytest.raises(AssertionError, match="custom_validation_failed") as refusal:
-        comfy.queue(decompose(comfy, **inputs))
-    assert message in str(refusal.value)
+        comfy.queue(graph)
+    (error,) = json.loads(str(refusal.value))["node_errors"]["node"]["errors"]
+    assert "must contain {} once" in error["details"]
 
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
+        ({"concept": " ,\n# bird"}, "the concept is empty: write a word or a phrase"),
+        ({"concept": 'bird\n"a dog, running'}, "line 2, '\"a dog, running': put quotation marks around a whole phrase"),
+        ({"concept": "bird -> fish"}, "line 1, 'bird -> fish': an arrow has no meaning in this list"),
+        ({"exclude": "robin finch"}, "'robin finch' excludes none: separate its words by commas or lines"),
         ({"concept": "(bird:1.3)"}, "write plain words"),
         ({"concept": "embedding:bird"}, "write plain words"),
         ({"concept": "bird " * 80}, "tokens"),

@@ -72,6 +72,11 @@ def shares(decomposition):
         ("raven -> crow", {"robin": 0.5, "finch": 0.3, "crow": 0.2}),
         ("raven->finch", {"robin": 0.5, "finch": 0.5}),
         ("+flame: 0.5\nrobin: 0", {"flame": 0.5, "finch": 0.3, "raven": 0.2}),
+        ("+flame: 20%\n+crow: 20%", {"robin": 0.3, "flame": 0.2, "crow": 0.2, "finch": 0.18, "raven": 0.12}),
+        ("+crow: 20%; +flame: 20%", {"robin": 0.3, "crow": 0.2, "flame": 0.2, "finch": 0.18, "raven": 0.12}),
+        ("+crow: 20%, raven -> crow", {"robin": 0.5, "finch": 0.3, "crow": 0.2}),
+        ("+robin: 20%, +crow: 50%, finch: 0", {"crow": 0.5, "raven": 0.3, "robin": 0.2}),
+        ("robin: 0, Robin : 0.0", {"finch": 0.6, "raven": 0.4}),
     ],
 )
 def test_lines_do_what_they_say(text, expected):
@@ -91,11 +96,14 @@ def test_no_change_is_the_same_object():
         ("robin:", "line 1, 'robin:': write"),
         ("-> crow", "line 1, '-> crow': write"),
         ("robin: x", "line 1, 'robin: x': 'x' is not a number"),
-        ("robin: nan", "write 0 to remove one"),
+        ("robin: nan", "line 1, 'robin: nan': 'nan' is not a number that can be used: write a finite one"),
+        ("robin: -inf", "'-inf' is not a number that can be used"),
         ("robin: -1", "write 0 to remove one"),
         ("+crow: 0", r"a share lies between 0 and 1, as in `\+crow: 0.2`"),
         ("+crow: 100%", "a share lies between 0 and 1"),
-        ("robin: 2\nfinch: 1\nrobin: 3", "line 3, 'robin: 3': 'robin' is adjusted on line 1 already"),
+        ("robin: 2\nfinch: 1\nrobin: 3", "line 3, 'robin: 3': 'robin' is adjusted in line 1, 'robin: 2' already: keep one of the two"),
+        ("robin: 0,5", "line 1, '5': write"),
+        ("+crow: 60%\n+flame: 40%", r"line 2, '\+flame: 40%': the added words take 100% of the whole"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(text, message):
@@ -111,6 +119,7 @@ def test_a_line_that_cannot_be_read_is_named(text, message):
         ("raven -> zebra", "line 1, 'raven -> zebra': 'zebra' is not a single token"),
         ("+zebra: 0.1", r"line 1, '\+zebra: 0.1': 'zebra' is not a single token"),
         ("robin: 0\nfinch: 0\nraven: 0", "no word is left"),
+        ("+robin: 0.1, +finch: 0.1, +raven: 0.1", "no other word is left beside 'robin', 'finch', 'raven': add another one"),
     ],
 )
 def test_a_line_that_cannot_be_done_is_named(text, message):

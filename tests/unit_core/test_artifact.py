@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -143,6 +146,43 @@ def test_a_failed_write_leaves_nothing(path, monkeypatch):
         artifact.write(path, TENSORS, {**HEADER, "share": 0.3}, overwrite=True)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert path.read_bytes() == before
+
+
+def test_a_name_may_be_as_long_as_file_systems_take(tmp_path):
+    path = tmp_path / ("v" * 243 + ".safetensors")
+    artifact.write(path, TENSORS, HEADER)
+    assert read(path)[1] == HEADER
+
+
+def refusing(number: int):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_what_can_be_computed_again_need_not_be_written(tmp_path, monkeypatch, caplog, number):
+    monkeypatch.setattr(artifact.os, "fsync", refusing(number))
+    assert not artifact.write_spare(tmp_path / "a", TENSORS, HEADER)
+    assert os.strerror(number) in caplog.text and str(tmp_path / "a") in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ArtifactError, match="NaN"):  # which is no matter of the disk
+        artifact.write_spare(tmp_path / "a", {"alpha": torch.tensor(math.nan)}, HEADER)
+
+
+def test_a_folder_that_is_none_is_a_warning(path, caplog):
+    assert not artifact.write_spare(path / "below" / "a", TENSORS, HEADER)
+    assert "the work goes on without it" in caplog.text
+
+
+def test_discarding(path, monkeypatch, caplog):
+    monkeypatch.setattr(Path, "unlink", refusing(errno.EROFS))
+    assert not artifact.discard(path)
+    assert f"{path} cannot be deleted" in caplog.text
+    monkeypatch.undo()
+    assert artifact.discard(path) and not path.exists()
+    assert artifact.discard(path)
 
 
 def test_what_was_read_outlives_the_file(path):

@@ -57,12 +57,12 @@ def little(thrifty: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--model", checkpoint, "--size", 64, "--steps", 2, "--seeds", 1)
     out, pool = tmp_path / "out", tmp_path / "pool.txt"
-    pool.write_text("red\ngreen raven robin finch\n", "utf-8")
+    pool.write_text("red\ngreen, raven, robin # birds\nfinch\n", "utf-8")
     assert run("decompose", "bird", *common, "--words", 2, "--candidates", pool, "--out", out) == 0
     files = {"chart.png", "decomposition.json", "decomposition.safetensors", "bird-words.safetensors", "pictures.png", "words.png"}
     assert {path.name for path in out.iterdir()} == files
     numbers = json.loads((out / "decomposition.json").read_text("utf-8"))
-    assert {word["word"] for word in numbers["words"]} <= set(pool.read_text("utf-8").split())
+    assert {word["word"] for word in numbers["words"]} <= {"red", "green", "raven", "robin", "finch"}
     assert numbers["concept"] == "bird" and 1 <= len(numbers["words"]) <= 2
     assert sum(word["share"] for word in numbers["words"]) == pytest.approx(1)
     assert numbers["evals"] > numbers["calls"] > 0
@@ -71,9 +71,45 @@ def test_decompose(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"{numbers['words'][0]['word']}: share" in capsys.readouterr().out
     assert run("decompose", "bird", *common, "--template", "a photo", "--out", tmp_path) == 1
     assert "must contain {} once" in capsys.readouterr().err
-    pool.write_text("red zzqqzz", "utf-8")
+    pool.write_text("red, zzqqzz", "utf-8")
     assert run("decompose", "bird", *common, "--candidates", pool, "--out", tmp_path) == 1
     assert "zzqqzz" in capsys.readouterr().err
+    pool.write_text("red green", "utf-8")
+    assert run("decompose", "bird", *common, "--exclude", pool, "--out", tmp_path) == 1
+    assert "separate its words by commas or lines" in capsys.readouterr().err
+    assert run("decompose", " ,", *common, "--out", tmp_path) == 1
+    assert "the concept is empty: give a word or a phrase" in capsys.readouterr().err
+
+
+def test_several_concepts_get_a_folder_each(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", checkpoint, "--size", 64, "--steps", 2, "--seeds", 1, "--method", "text", "--budget", "fast", "--words", 1)
+    assert run("decompose", "bird, red circle", "Bird", *common, "--out", tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"bird", "red-circle"}
+    assert Decomposition.load(tmp_path / "red-circle" / "decomposition.safetensors").concept == "red circle"
+    assert (tmp_path / "bird" / "bird-words.safetensors").is_file()
+    for wrong, message in ((("bird, joy", "--checkpoint", tmp_path / "c"), "one concept"), (("a b, a-b",), "two results would be written")):
+        assert run("decompose", *wrong, *common, "--out", tmp_path / "new") == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("little")
+def test_nothing_is_replaced_unless_asked_for(run: Run, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is computed: what lies there stays as it is."""
+    few = ("--model", checkpoint, "--size", 64, "--steps", 1, "--seeds", 1)
+    commands = {
+        "sheet.png": ("sample", "a bird", *few),
+        "decomposition.json": ("decompose", "bird", *few),
+        "verify.md": ("verify", *few, "--draws", 0, "--concept", "bird"),
+    }
+    for name, command in commands.items():
+        out = tmp_path / command[0]
+        out.mkdir()
+        (out / name).write_text("mine", "utf-8")
+        assert run(*command, "--out", out) == 1
+        assert f"{name} exists: write to another place, or add --overwrite" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text("utf-8") == "mine"
+        assert run(*command, "--out", out, "--overwrite") == 0
+        assert (out / name).read_bytes() != b"mine"
 
 
 @pytest.mark.usefixtures("little")

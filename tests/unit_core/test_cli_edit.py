@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conceptkit.core import chart
 from conceptkit.core.cli import app
 from conceptkit.core.edit import ContextEdit, solve_edit
@@ -29,11 +30,33 @@ def test_erase_writes_a_lora_and_report_reads_the_edit(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [concept["text"] for concept in figures["concepts"]] == ["circle", "red"]
     assert (tmp_path / "report" / "report.png").is_file()
+    for command in (asked, ["report", str(edit), "--out", str(tmp_path / "report")]):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        said = CliRunner().invoke(app, command)
+        assert "exists: write to another place, or add --overwrite to replace it" in str(said.exception)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    said = CliRunner().invoke(app, ["erase", "red", "--method", "uce-2025", "--out", str(lora), "--overwrite"])
+    assert said.exit_code == 0 and load_file(lora).keys() == tensors.keys()
+    assert any(not torch.equal(row, tensors[name]) for name, row in load_file(lora).items())
+
+
+def test_one_argument_may_list_several(tmp_path: Path) -> None:
+    """What the issue of a comma was: "circle, square" used to be one phrase that erases nothing."""
+    edit = tmp_path / "edit.safetensors"
+    asked = ["erase", "circle -> ring, square", "--keep", "Moon; moon, star # far", "--method", "uce-2025", "--edit", str(edit)]
+    said = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "lora.safetensors")])
+    assert said.exit_code == 0, said.output
+    found = ContextEdit.load(edit)
+    assert list(map(str, found.concepts)) == ["circle -> ring", "square"] and found.keep == ("Moon", "star")
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [(["circle", "--keep", "circle"], "to be erased and kept"), (["circle", "--method", "nothing"], "choose one of conceptkit")],
+    [
+        (["circle", "--keep", "circle"], "to be erased and kept"),
+        (["circle", "--method", "nothing"], "choose one of conceptkit"),
+        ([""], "the edit changes nothing"),
+    ],
 )
 def test_what_cannot_be_erased_is_said(tmp_path: Path, asked: list[str], message: str) -> None:
     said = CliRunner().invoke(app, ["erase", *asked, "--out", str(tmp_path / "lora.safetensors")])

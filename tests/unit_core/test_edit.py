@@ -204,6 +204,23 @@ def test_strength_0_and_no_concepts_are_the_identity(edit, model, tmp_path):
             lora_tensors(nothing, model.cross_attention)
 
 
+def test_a_text_is_the_list_it_names(model):
+    """However it is typed, and never letter by letter."""
+    asked = {"method": "uce-2025", "captions": CAPTIONS}
+    whole = solve_edit(model, ["circle -> ring", "square"], keep=["red", "robin"], **asked)
+    for concepts, keep in (("circle -> ring, Square", "red; robin"), ("circle -> ring\n\nsquare # a box\nsquare", "red\nRed, robin")):
+        found = solve_edit(model, concepts, keep=keep, **asked)
+        assert found.keep == ("red", "robin") and [str(concept).lower() for concept in found.concepts] == ["circle -> ring", "square"]
+        assert torch.equal(found.context.u, whole.context.u) and torch.equal(found.context.v, whole.context.v)
+
+
+@pytest.mark.parametrize("concepts", ["", " \n,; # circle", [], [""]])
+def test_an_empty_list_is_no_error_and_says_so(model, concepts):
+    nothing = solve_edit(model, concepts, keep="", captions=CAPTIONS)
+    assert nothing.is_identity and nothing.concepts == ()
+    assert nothing.summary() == "No edit: no concept was listed, or the strength is 0. The model stays as it is."
+
+
 def test_half_the_strength_is_half_the_change(edit, model):
     half = edit.scale(0.5)
     for (path, whole), (other, part) in zip(
@@ -339,10 +356,10 @@ def test_dtypes_and_devices_of_the_caller_stay():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("circle\n\nsquare", "line 2 names no concept"),
-        ("circle ->", "must read"),
-        ("-> square", "names no concept"),
-        ("a -> b -> c", "must read"),
+        ("circle ->", "'circle ->': write 'concept -> replacement'"),
+        ("red\n\n-> square", "line 3, '-> square': write"),
+        ("a -> b -> c", "'a -> b -> c': write"),
+        ("circle, Circle -> square", "listed twice"),
     ],
 )
 def test_lines_that_make_no_sense(lines, message):
@@ -351,7 +368,7 @@ def test_lines_that_make_no_sense(lines, message):
 
 
 def test_lines_that_do():
-    assert parse_concepts("circle -> square\n red \n") == (Concept("circle", "square"), Concept("red"))
+    assert parse_concepts("circle -> square\n\n red, Red \n") == (Concept("circle", "square"), Concept("red"))
     assert parse_concepts(" \n") == ()
 
 
@@ -360,12 +377,14 @@ def test_lines_that_do():
     [
         (["circle -> Circle"], {}, "replaced by itself"),
         (["circle"], {"keep": ["circle"]}, "erased and kept"),
-        (["circle", "Circle"], {}, "listed twice"),
+        (["circle -> ring, Circle"], {}, "listed twice"),
         (["circle -> robin", "robin"], {}, "is erased itself"),
         (["\u20e3\u20e3"], {}, "does not know the concept"),
         (["circle -> \u20e3"], {}, "does not know the replacement"),
-        (["circle", " "], {}, "names no concept"),
-        (["circle"], {"keep": [""]}, "keep list"),
+        ([Concept("circle"), Concept(" ")], {}, "an empty text is no concept"),
+        ("circle", {"keep": "ring, Circle"}, "erased and kept"),
+        ("circle", {"keep": "ring -> moon"}, "'ring -> moon': an arrow has no meaning"),
+        ("circle", {"captions": "a photo"}, "give a list of texts"),
         (["circle"], {"keep": ["car", "\u20e3"]}, "does not know the word to keep"),
         (["circle"], {"method": "magic"}, "choose one of conceptkit"),
         (["circle"], {"method": "uce-2025", "hard": True}, "turn hard off"),

@@ -290,3 +290,17 @@ def test_an_unscaled_replacement_is_the_concept_moved_whole(model, tmp_path: Pat
     assert edit.report is not None
     assert edit.report.concepts[0].text == "cat"
     assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == {"gram", "captions"}
+
+
+def test_a_cache_that_cannot_be_written_or_read_costs_time_alone(model, tmp_path: Path, caplog):
+    given = {"method": "uce-2025", "captions": CAPTIONS}
+    plain = solve_edit(model, ["cat -> dog"], **given)
+    (tmp_path / "file").touch()
+    assert solve_edit(model, ["cat -> dog"], cache=tmp_path / "file", **given).content_hash() == plain.content_hash()
+    assert "cannot be written" in caplog.text
+    assert solve_edit(model, ["cat -> dog"], cache=tmp_path / "cache", **given).content_hash() == plain.content_hash()
+    kept = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    for path, content in kept.items():
+        path.write_bytes(content[:-8])
+    assert solve_edit(model, ["cat -> dog"], cache=tmp_path / "cache", **given).content_hash() == plain.content_hash()
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == kept

@@ -213,6 +213,13 @@ def test_cancelling_stops_within_one_call_and_resuming_ends_alike(method: str, s
 
 
 @method
+def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(method: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = take_apart(world(), method, checkpoint=tmp_path / "file" / "run")
+    assert found.content_hash() == take_apart(world(), method).content_hash()
+
+
+@method
 def test_a_callback_that_raises_cancels(method: str) -> None:
     def refuse(step: int, total: int, metrics: object) -> None:
         raise Stop

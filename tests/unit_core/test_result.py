@@ -133,13 +133,18 @@ def test_multipliers_move_weight_and_forget_what_was_measured() -> None:
 
 def test_a_word_is_added_or_replaced() -> None:
     found, text = example(), Text("l", "g")
-    added = found.with_word(text, " Beak ", 0.25)  # type: ignore[arg-type]
+    added = found.with_words(text, {" Beak ": 0.25})  # type: ignore[arg-type]
     assert dict(zip(added.words, added.shares, strict=True)) == pytest.approx(
         {"red": 0.3, "beak": 0.25, "feather": 0.225, "wing": 0.15, "sky": 0.075}
     )
     assert torch.equal(added.embeddings["l"][added.words.index("beak")], TABLES["l"][7]) and added.ids[added.words.index("beak")] == 7
-    known = found.with_word(text, "wing", 0.6)  # type: ignore[arg-type]
+    known = found.with_words(text, {"wing": 0.6})  # type: ignore[arg-type]
     assert known.words[0] == "wing" and known.shares == pytest.approx((0.6, 0.2, 0.15, 0.05))
+    several = found.with_words(text, {"beak": 0.2, "wing": 0.2, "claw": 0.2})  # type: ignore[arg-type]
+    assert dict(zip(several.words, several.shares, strict=True)) == pytest.approx(
+        {"beak": 0.2, "wing": 0.2, "claw": 0.2, "red": 0.2, "feather": 0.15, "sky": 0.05}
+    )
+    assert found.with_words(text, {}) is found  # type: ignore[arg-type]
     swapped = found.replaced(text, "red", "claw")  # type: ignore[arg-type]
     assert swapped.words == ("claw", *WORDS[1:]) and swapped.shares == pytest.approx(found.shares)
     assert torch.equal(swapped.embeddings["g"], torch.cat([TABLES["g"][8:9], found.embeddings["g"][1:]]))
@@ -158,13 +163,14 @@ def test_a_word_is_added_or_replaced() -> None:
         (lambda d, t: d.reweighted({"red": math.nan}), "0 or more"),
         (lambda d, t: d.reweighted({"red": math.inf}), "0 or more"),
         (lambda d, t: d.reweighted(dict.fromkeys(WORDS, 0)), "no word is left"),
-        (lambda d, t: d.with_word(t, "flamingo", 0.5), "not a single token"),
-        (lambda d, t: d.with_word(t, "beak", 1), "between 0 and 1"),
-        (lambda d, t: d.with_word(t, "beak", math.nan), "between 0 and 1"),
-        (lambda d, t: d.reweighted(dict.fromkeys(WORDS[1:], 0)).with_word(t, "red", 0.5), "only word"),
+        (lambda d, t: d.with_words(t, {"flamingo": 0.5}), "not a single token"),
+        (lambda d, t: d.with_words(t, {"beak": 1}), "a share lies between 0 and 1"),
+        (lambda d, t: d.with_words(t, {"beak": math.nan}), "a share lies between 0 and 1"),
+        (lambda d, t: d.with_words(t, {"beak": 0.5, "claw": 0.5}), "all of them together below 1"),
+        (lambda d, t: d.reweighted(dict.fromkeys(WORDS[1:], 0)).with_words(t, {"red": 0.5}), "no other word is left"),
         (lambda d, t: d.replaced(t, "cat", "beak"), "not among the words"),
         (lambda d, t: d.replaced(t, "red", "flamingo"), "not a single token"),
-        (lambda d, t: d.with_word(Text("l"), "beak", 0.5), "another kind"),
+        (lambda d, t: d.with_words(Text("l"), {"beak": 0.5}), "another kind"),
         (lambda d, t: d.apply(t, "of bird"), "must contain"),
     ],
 )

@@ -42,11 +42,28 @@ def test_listing_a_node_imports_nothing_that_comfyui_has_not_loaded(root, name):
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
     allowed = {"__future__", "functools", "hashlib", "logging", "pathlib", "re", "typing", "comfy_api.latest", "torch", "folder_paths"}
+    allowed |= {"collections.abc", "contextlib", "datetime", "os", "time"}
     allowed |= {".decompose", ".decomposition", ".demo_model", ".edit", ".files", ".scorer"}
     allowed |= {"comfy.latent_formats", "comfy.sd1_clip", "comfy.supported_models", "comfy.supported_models_base"}
     assert names <= allowed
 
 
+def test_every_node_that_saves_shows_the_name_in_the_browser(root):
+    listed = re.search(r"SAVES = new Set\(\[(.*?)\]\)", (root / "web" / "saves.js").read_text("utf-8"))
+    assert set(re.findall(r'"(\w+)"', listed[1])) == {name for name in node_ids(root) if name.startswith("ConceptKitSave")}
+
+
 def test_v3_alone(root):
     """A module that also defines the old mappings would have its entry point ignored."""
     assert not any("NODE_CLASS_MAPPINGS" in path.read_text("utf-8") for path in [root / "__init__.py", *(root / "nodes").glob("*.py")])
+
+
+def test_validation_names_one_input_since_comfyui_reports_it_once_for_each(root):
+    checks = [
+        (path.name, [argument.arg for argument in function.args.args])
+        for path in (root / "nodes").glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(function, ast.FunctionDef) and function.name == "validate_inputs"
+    ]
+    assert checks
+    assert all(len(arguments) == 2 for _, arguments in checks), checks

@@ -107,7 +107,7 @@ def messages(pack, wired, steps, seconds, label):
         for step in [*range(1, steps + 1), *[steps] * 10]:
             clock[0] += seconds / steps
             progress(step, steps, {"r2": 0.8123})
-        module.send_text("7", "circle -> triangle, red -> green, robin -> car: " * 3)
+        module.send_text("7", "circle -> triangle, red -> green, robin -> car: " * 3 + "\nbird.safetensors")
     finally:
         module.time = real
         del server.send_progress_text
@@ -440,3 +440,23 @@ def interrupted_edit(pack, wired):
     with pack("nodes.comfy_model").graph_reading(wired["model"], wired["clip"]) as host:
         pack("core.edit").solve_edit(host, ["circle -> square"], on_step=on_step)
     raise AssertionError("not interrupted")
+
+
+def named(pack, wired, names, folder):
+    """What a save node makes of names in ``folder``: the path it wrote and whether that is listed, or the sentence it refuses them with."""
+    import folder_paths
+
+    files = pack("nodes.files")
+    folder_paths.add_model_folder_path("conceptkit_probe", folder)
+    folder_paths.folder_names_and_paths["conceptkit_probe"][1].add(".safetensors")
+    found = []
+    for name in names:
+        said = files.check_name("conceptkit_probe", name)
+        if said is True:
+            path = files.target("conceptkit_probe", name, "subject", "0123456789abcdef")
+            pack("core.artifact").write_bytes(path, b"", overwrite=True)
+            found.append([str(path), files.listed("conceptkit_probe", path)])
+        else:
+            found.append(said)
+    listed = set(files.names("conceptkit_probe"))
+    return [said if isinstance(said, str) else [said[0], said[1] in listed] for said in found]
