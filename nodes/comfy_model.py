@@ -6,6 +6,7 @@ differentiable access to them as they are wired (LoRAs, merges, clip skip, other
 
 from __future__ import annotations
 
+import re
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -391,7 +392,7 @@ def _remaining(seconds: float, done: int, left: int) -> str:
 
 
 LINE, LINES = 40, 4
-"""Characters and lines of a text under a node: ComfyUI breaks longer lines within words, and a longer text makes the node taller."""
+"""Characters and lines of a text under a node: the classic renderer breaks longer lines within words, and more lines need a taller node."""
 
 
 def send_text(node_id: str | None, text: str) -> None:
@@ -411,8 +412,10 @@ def fold(text: str) -> str:
     lines: list[str] = []
     parts = text.splitlines()[:LINES]
     for later, part in zip(reversed(range(len(parts))), parts, strict=True):
-        lines += textwrap.wrap(part, LINE, max_lines=LINES - len(lines) - later, placeholder=" …", break_on_hyphens=False)
-    return "\n".join(lines)
+        own, room = textwrap.wrap(part, LINE - 2, break_on_hyphens=False, break_long_words=False), LINES - len(lines) - later
+        lines += own if len(own) <= room else [*own[: room - 1], f"{own[room - 1]} …"]
+    # Nodes 2.0 reads it as Markdown: two spaces end a line, and a sign before an ordinary space would begin a list.
+    return "  \n".join(re.sub(r"^([-+*#>]|\d+[.)]) ", "\\1\N{NO-BREAK SPACE}", line) for line in lines)
 
 
 class _Resident:

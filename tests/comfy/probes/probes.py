@@ -107,7 +107,8 @@ def messages(pack, wired, steps, seconds, label):
         for step in [*range(1, steps + 1), *[steps] * 10]:
             clock[0] += seconds / steps
             progress(step, steps, {"r2": 0.8123})
-        module.send_text("7", "circle -> triangle, red -> green, robin -> car: " * 3 + "\nbird.safetensors")
+        long = "bird = 28% tiny + 25% constructionally + 17% finch + 13% raven + 12% impressionistic + 28% tiny + 25% constructions"
+        module.send_text("7", f"{long}\nbird-tiny-construction-finch-856bc0f39f.safetensors")
     finally:
         module.time = real
         del server.send_progress_text
