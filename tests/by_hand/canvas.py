@@ -214,7 +214,7 @@ def thumbnail(path: Path, outputs: dict[str, Any], server: Comfy) -> Image.Image
     for row in rows:
         width = (side - gap * (len(row) + 1)) // len(row)
         height = max(round(width * image.height / image.width) for image in row)
-        if top and top + height + 2 * gap > side:
+        if top and top + height + 2 * gap > 1.1 * side:
             break
         for column, image in enumerate(row):
             sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (gap + column * (width + gap), top + gap))
