@@ -211,6 +211,11 @@ class DecomposeConcept(io.ComfyNode):
     ) -> io.NodeOutput:
         if method != "conceptor":
             vae = scorer = None
+        elif select == "scorer" and (vae is None or scorer is None):
+            raise ValueError(
+                "the method conceptor chooses its result by an image scorer: connect a VAE and a scorer, or use Decompose with Conceptor, "
+                "which needs neither when select is r2"
+            )
         asked: dict[str, Any] = {
             "template": template,
             "words": words,

@@ -29,7 +29,7 @@ _FOLDERS = {DECOMPOSITIONS: "decompositions", EDITS: "edits", CACHE: "cache"}
 _ENDING = ".safetensors"
 _HASH = 10  # digits of a content hash in a file's name: 2^40 of them
 _LONGEST = 255  # bytes in the name of a file or folder, on all common file systems
-_SUBJECT = 80  # characters of a name that is made of what a file holds
+_SUBJECT = 80  # bytes of a name that is made of what a file holds
 _DATE = re.compile(r"dd?|MM?|hh?|mm?|ss?|yyy?y?")
 # What names a device on Windows, with any ending: a workflow gives the same file everywhere.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.IGNORECASE)
@@ -90,12 +90,12 @@ def check_name(key: str, asked: str | None, *, hashed: bool = True) -> bool | st
     there = next(above for above in path.parents if os.path.exists(above))
     if not there.is_dir():
         return f"{there} is a file, so nothing can be saved in a folder of that name: write another name"
-    return True if os.access(there, os.W_OK) else unwritable(path, "read-only, or no permission")
+    return True if os.access(there, os.W_OK) else unwritable(there, "read-only, or no permission")
 
 
-def unwritable(path: Path, reason: str) -> str:
-    """What to say about a file that cannot be written."""
-    return f"{path.parent} cannot be written ({reason}): let ComfyUI write there, or put another folder first in extra_model_paths.yaml"
+def unwritable(place: Path, reason: str) -> str:
+    """What to say about a folder that cannot be written."""
+    return f"{place} cannot be written ({reason}): let ComfyUI write there, or put another folder first in extra_model_paths.yaml"
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(unwritable(path, error.strerror or str(error))) from error
+        raise OSError(unwritable(path.parent, error.strerror or str(error))) from error
 
 
 def listed(key: str, path: Path) -> str:
@@ -140,7 +140,7 @@ def code_hash(family: str) -> str:
 def slug(*texts: str) -> str:
     """Texts as part of a file's name: their letters and digits, of any script, joined by hyphens."""
     words = [word for text in texts for word in re.split(r"[\W_]+", text) if word]
-    return "-".join(words)[:_SUBJECT].strip("-") or "concept"
+    return "-".join(words).encode()[:_SUBJECT].decode("utf-8", "ignore").strip("-") or "concept"
 
 
 def _parts(asked: str, tail: int) -> list[str]:

@@ -37,7 +37,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (!SAVES.has(node.comfyClass)) return;
     const name = node.widgets.find((widget) => widget.name === "name");
-    // %Node.widget% and %date:…%: what stock save nodes replace in the browser.
+    // %Node.widget% and %date:…%, which stock save nodes replace in the browser, too.
     name.serializeValue = () => window.comfyAPI.utils.applyTextReplacements(app, name.value);
     field(node);
     const executed = node.onExecuted;

@@ -53,6 +53,13 @@ def test_every_node_that_saves_shows_the_name_in_the_browser(root):
     assert set(re.findall(r'"(\w+)"', listed[1])) == {name for name in node_ids(root) if name.startswith("ConceptKitSave")}
 
 
+def test_checkpoint_lists_show_only_what_they_can_load(root):
+    """ComfyUI lists every file with one of these endings in a registered folder."""
+    endings = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}
+    files = [path for path in (root / "core" / "demo" / "data").rglob("*") if path.suffix in endings]
+    assert [path.name for path in files] in ([], ["shapes.safetensors"])
+
+
 def test_v3_alone(root):
     """A module that also defines the old mappings would have its entry point ignored."""
     assert not any("NODE_CLASS_MAPPINGS" in path.read_text("utf-8") for path in [root / "__init__.py", *(root / "nodes").glob("*.py")])
