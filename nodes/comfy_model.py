@@ -350,7 +350,7 @@ class Progress:
     """Seconds between two messages, however many steps there are."""
 
     def __init__(self, node_id: str | None, model: ModelPatcher | None = None, label: str = "") -> None:
-        self._node, self._label = node_id, label if len(label) <= 16 else f"{label[:15]}…"
+        self._node, self._label = node_id, label
         self._previewer = None if model is None else latent_preview.get_previewer(model.load_device, model.model.latent_format)
         self._bar: comfy.utils.ProgressBar | None = None
         self._latent: Tensor | None = None
@@ -378,7 +378,9 @@ class Progress:
         self._bar.update_absolute(step, total, preview)
         done = f"{step}/{total}{_remaining(now - self._first[0], step - self._first[1], total - step)}"
         figures = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
-        send_text(self._node, f"{self._label}  {done}\n{figures}")
+        head = f"{self._label}  {done}".strip()
+        parts = [head] if len(head) <= LINE else [self._label, done]
+        send_text(self._node, "\n".join([*parts, figures]))
 
 
 def _remaining(seconds: float, done: int, left: int) -> str:
@@ -412,10 +414,14 @@ def fold(text: str) -> str:
     lines: list[str] = []
     parts = text.splitlines()[:LINES]
     for later, part in zip(reversed(range(len(parts))), parts, strict=True):
-        own, room = textwrap.wrap(part, LINE - 2, break_on_hyphens=False, break_long_words=False), LINES - len(lines) - later
-        lines += own if len(own) <= room else [*own[: room - 1], f"{own[room - 1]} …"]
+        own, room = _wrapped(part, LINE), LINES - len(lines) - later
+        lines += own if len(own) <= room else [*(cut := _wrapped(part, LINE - 2))[: room - 1], f"{cut[room - 1]} …"]
     # Nodes 2.0 reads it as Markdown: two spaces end a line, and a sign before an ordinary space would begin a list.
     return "  \n".join(re.sub(r"^([-+*#>]|\d+[.)]) ", "\\1\N{NO-BREAK SPACE}", line) for line in lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 class _Resident:

@@ -125,7 +125,8 @@ def identity(pack, wired):
 def decomposed(pack, wired):
     """What Decompose Concept makes of the wires, with its defaults."""
     given = {"concept": "bird", "template": "a photo of a {}", "words": 3, "seed": 0, "size": 0}
-    pack("nodes.decompose").DecomposeConcept.execute(wired["model"], wired.get("clip"), **given)
+    node = type("Node", (pack("nodes.decompose").DecomposeConcept,), {"hidden": types.SimpleNamespace(unique_id=None)})
+    node.execute(wired["model"], wired.get("clip"), **given)
 
 
 def other_clip(pack, wired):
