@@ -24,8 +24,10 @@ PAPER, INK, SOFT, RULE = "#fbfaf7", "#14181f", "#6a7280", "#d9d5cc"
 ACCENT, SECOND, EMPTY = "#3a86c8", "#e4572e", "#efece5"
 
 _WIDTH, _MARGIN = 1200, 48
-_ROW = 44
-_STRIP = 34
+# Sizes of text that are still read when a sheet is shown 400 pixels wide, as on a node.
+_TITLE, _TEXT, _SMALL = 46, 33, 30
+_ROW = 60
+_STRIP = 50
 
 
 def share_bars(
@@ -43,37 +45,36 @@ def share_bars(
     if not np.isfinite([*shares, *(importances or [])]).all() or min(shares) < 0:
         raise ValueError("shares must be finite and not negative, and importances finite")
     sheet = _Sheet()
-    left = _MARGIN + min(max(sheet.measure(word, 18) for word in words), 330) + 20
-    value_room = 74
-    right = _WIDTH - _MARGIN if importances is None else 810
-    top = sheet.heading(title, subtitle) + 34
-    sheet.text(left, top - 12, "share", 14, SOFT)
-    scale = (right - left - value_room) / (max(shares) or 1)
+    left = _MARGIN + min(max(sheet.measure(word, _TEXT) for word in words), 330) + 20
+    right = _WIDTH - _MARGIN if importances is None else 760
+    top = sheet.heading(title, subtitle) + 44
+    sheet.text(left, top - 14, "share", _SMALL, SOFT)
+    scale = (right - left - 12 - sheet.measure("9.9%", _SMALL)) / (max(shares) or 1)
     bottom = top + _ROW * len(words)
     sheet.line(left, top, left, bottom, RULE)
     for row, (word, share) in enumerate(zip(words, shares, strict=True)):
         middle = top + _ROW * row + _ROW / 2
-        sheet.text(left - 20, middle, word, 18, INK, ha="right", va="center_baseline", room=left - 20 - _MARGIN)
-        sheet.box(left, middle - 12, share * scale, 24, ACCENT)
-        sheet.text(left + share * scale + 12, middle, _percent(share), 16, INK, va="center_baseline")
+        sheet.text(left - 20, middle, word, _TEXT, INK, ha="right", va="center_baseline", room=left - 20 - _MARGIN)
+        sheet.box(left, middle - 16, share * scale, 32, ACCENT)
+        sheet.text(left + share * scale + 12, middle, _percent(share), _SMALL, INK, va="center_baseline")
     if importances is not None:
-        _importances(sheet, importances, right + 40, top)
+        _importances(sheet, importances, right + 30, top)
     return sheet.render(bottom + _MARGIN)
 
 
 def _importances(sheet: _Sheet, importances: Sequence[float], left: float, top: float) -> None:
-    sheet.text(left + 8, top - 12, "\N{GREEK CAPITAL LETTER DELTA}R² without the word", 14, SOFT)
-    right = _WIDTH - _MARGIN - 84
+    sheet.text(left + 8, top - 14, "\N{GREEK CAPITAL LETTER DELTA}R² without the word", _SMALL, SOFT)
+    right = _WIDTH - _MARGIN - sheet.measure("\N{MINUS SIGN}0.000", _SMALL)
     low, high = min(0.0, *importances), max(0.0, *importances)
     scale = (right - left - 16) / ((high - low) or 1)
     zero = left + 8 - low * scale
     sheet.line(zero, top, zero, top + _ROW * len(importances), RULE)
     for row, importance in enumerate(importances):
         middle = top + _ROW * row + _ROW / 2
-        sheet.line(zero, middle, zero + importance * scale, middle, SECOND, 2.5)
-        sheet.dot(zero + importance * scale, middle, 6, SECOND)
+        sheet.line(zero, middle, zero + importance * scale, middle, SECOND, 4)
+        sheet.dot(zero + importance * scale, middle, 9, SECOND)
         value = f"{round(importance, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")  # adding zero: what rounds to zero has no sign
-        sheet.text(_WIDTH - _MARGIN, middle, value, 16, INK, ha="right", va="center_baseline")
+        sheet.text(_WIDTH - _MARGIN, middle, value, _SMALL, INK, ha="right", va="center_baseline")
 
 
 def picture_grid(
@@ -99,23 +100,28 @@ def picture_grid(
     sizes = [picture.shape[:2] for row in cells for picture in row if picture is not None] or [(96, 96)]
     zoom = max(1, -(-96 // max(max(size) for size in sizes)))
     height, width = (zoom * max(side) for side in zip(*sizes, strict=True))
-    sheet, gap = _Sheet(), 10
-    label_room = min(max((sheet.measure(label, 16) for label in row_labels), default=0), 240)
+    gap = 10
+    sheet = _Sheet(max((columns * (width + gap) - gap) / (_WIDTH - 4 * _MARGIN), 0.5))
+    # As large as the longest word over a column allows.
+    longest = max((sheet.measure(word, _SMALL) for label in column_labels for word in label.split()), default=0)
+    size = max(15 / sheet.scale, min(_SMALL, 0.97 * _SMALL * width / (longest or 1)))
+    line = round(1.35 * size * sheet.scale)
+    label_room = min(max((sheet.measure(label, size) for label in row_labels), default=0), 240 * sheet.scale + 120)
     left = _MARGIN + (label_room + 18 if row_labels else 0)
     # Few small pictures would leave a sheet narrower than its title: the paper keeps a least width, the pictures keep theirs.
     sheet.width = max(left + columns * (width + gap) - gap + _MARGIN, 480)
     top = sheet.heading(title, subtitle) if title or subtitle else _MARGIN
     if column_labels:
-        wrapped = [sheet.wrap(label, 15, width, 3) for label in column_labels]
-        top += 20 * max(len(lines) for lines in wrapped) + 4
+        wrapped = [sheet.wrap(label, size, width, 3) for label in column_labels]
+        top += line * max(len(lines) for lines in wrapped) + 4
         for column, lines in enumerate(wrapped):
-            for line, text in enumerate(reversed(lines)):
-                sheet.text(left + column * (width + gap) + width / 2, top - 8 - 20 * line, text, 15, INK, ha="center")
+            for number, text in enumerate(reversed(lines)):
+                sheet.text(left + column * (width + gap) + width / 2, top - 8 - line * number, text, size, INK, ha="center")
     for row, label in enumerate(row_labels):
-        lines = sheet.wrap(label, 16, label_room, max(1, height // 22))
-        for line, text in enumerate(lines):
-            middle = top + row * (height + gap) + height / 2 + 22 * (line - (len(lines) - 1) / 2)
-            sheet.text(left - 18, middle, text, 16, INK, ha="right", va="center_baseline")
+        lines = sheet.wrap(label, size, label_room, max(1, height // line))
+        for number, text in enumerate(lines):
+            middle = top + row * (height + gap) + height / 2 + line * (number - (len(lines) - 1) / 2)
+            sheet.text(left - 18, middle, text, size, INK, ha="right", va="center_baseline")
     picture = sheet.render(top + len(cells) * (height + gap) - gap + _MARGIN)
     empty = np.array([int(EMPTY[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.uint8)
     for row, line_of in enumerate(cells):
@@ -142,7 +148,7 @@ def edit_report(
 
     concepts: each with what is left of it and what an embedding could bring back, both 1 for all and 0 (or below) for nothing. layers:
     labelled strips of what is left from layer to layer, a cell each, as dark as it is left. kept, neighbours: words and how far they
-    moved, 0 or more. Words are drawn in the order given, the first 12 of each kind, and the rest counted. Raises ValueError for an empty
+    moved, 0 or more. Words are drawn in the order given, the first 8 of each kind, and the rest counted. Raises ValueError for an empty
     strip, or values that are not finite or, of words that moved, negative.
     """
     moved = [value for _, value in (*kept, *neighbours)]
@@ -151,16 +157,16 @@ def edit_report(
         raise ValueError("an edit's figures must be finite, every strip have a layer, and no distance be negative")
     sheet = _Sheet()
     top = sheet.heading(title, subtitle)
-    left = _MARGIN + max((sheet.measure(label, 16) for label, _ in layers), default=0) + 20
-    right = _WIDTH - _MARGIN - 70
+    left = _MARGIN + max((sheet.measure(label, _TEXT) for label, _ in layers), default=0) + 20
+    right = _WIDTH - _MARGIN - 14 - sheet.measure("9.9%", _SMALL)
     strips: list[tuple[float, Sequence[float]]] = []
     if layers:
-        top += 34
-        sheet.text(left, top - 12, "what is left, from the first layer to the last", 14, SOFT)
+        top += 44
+        sheet.text(left, top - 14, "what is left, from the first layer to the last", _SMALL, SOFT)
         for label, strip in layers:
             middle = top + _STRIP / 2
-            sheet.text(left - 20, middle, label, 16, INK, ha="right", va="center_baseline")
-            sheet.text(right + 14, middle, _percent(max(round(float(np.mean(strip)), 3), 0.0)), 15, INK, va="center_baseline")
+            sheet.text(left - 20, middle, label, _TEXT, INK, ha="right", va="center_baseline")
+            sheet.text(right + 14, middle, _percent(max(round(float(np.mean(strip)), 3), 0.0)), _SMALL, INK, va="center_baseline")
             strips.append((top, strip))
             top += _STRIP
     rows = (
@@ -175,7 +181,13 @@ def edit_report(
         if columns:
             # One scale for a row, so that its columns compare.
             longest = max(max(value for _, words, _ in columns for _, value in words), 1e-3)
-            top = max(_bars(sheet, *column, longest, (i, len(columns)), top + 60) for i, column in enumerate(columns))
+            width = (_WIDTH - 2 * _MARGIN - 40 * (len(columns) - 1)) / len(columns)
+            labels = [sheet.wrap(label, _SMALL, width, 2) for label, _, _ in columns]
+            top += 46 + 38 * max(map(len, labels))
+            top = max(
+                _bars(sheet, label, words, colour, longest, _MARGIN + i * (width + 40), width, top)
+                for i, (label, (_, words, colour)) in enumerate(zip(labels, columns, strict=True))
+            )
     picture = sheet.render(top + _MARGIN)
     full, empty = (np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in (ACCENT, EMPTY))
     for y, strip in strips:
@@ -188,31 +200,30 @@ def edit_report(
 
 def _bars(
     sheet: _Sheet,
-    label: str,
+    label: Sequence[str],
     words: Sequence[tuple[str, float]],
     colour: str,
     longest: float,
-    column: tuple[int, int],
+    start: float,
+    width: float,
     top: float,
 ) -> float:
-    """Bars under a label in one of several columns, the first 12; returns where they end."""
-    index, columns = column
-    width = (_WIDTH - 2 * _MARGIN - 40 * (columns - 1)) / columns
-    start = _MARGIN + index * (width + 40)
-    shown = words[:12]
-    left = start + min(max(sheet.measure(word, 16) for word, _ in shown), width / 2.5) + 16
-    scale = (start + width - left - 76) / longest
-    sheet.text(left, top - 12, label, 14, SOFT)
+    """Bars under a label's lines in a column that begins at ``start``, the first 8; returns where they end."""
+    shown = words[:8]
+    left = start + min(max(sheet.measure(word, _TEXT) for word, _ in shown), width / 2.2) + 16
+    scale = (start + width - left - 10 - sheet.measure("9.9%", _SMALL)) / longest
+    for number, line in enumerate(reversed(label)):
+        sheet.text(start, top - 16 - 38 * number, line, _SMALL, SOFT)
     sheet.line(left, top, left, top + _STRIP * len(shown), RULE)
     for row, (word, value) in enumerate(shown):
         middle = top + _STRIP * row + _STRIP / 2
-        sheet.text(left - 16, middle, word, 16, INK, ha="right", va="center_baseline", room=left - 16 - start)
-        sheet.box(left, middle - 9, value * scale, 18, colour)
-        sheet.text(left + value * scale + 10, middle, _percent(round(value, 3)), 15, INK, va="center_baseline")
+        sheet.text(left - 16, middle, word, _TEXT, INK, ha="right", va="center_baseline", room=left - 16 - start)
+        sheet.box(left, middle - 14, value * scale, 28, colour)
+        sheet.text(left + value * scale + 10, middle, _percent(round(value, 3)), _SMALL, INK, va="center_baseline")
     bottom = top + _STRIP * len(shown)
     if len(words) > len(shown):
-        bottom += 22
-        sheet.text(left, bottom, f"and {len(words) - len(shown)} more", 14, SOFT)
+        bottom += 36
+        sheet.text(left, bottom, f"and {len(words) - len(shown)} more", _SMALL, SOFT)
     return bottom
 
 
@@ -225,13 +236,17 @@ def save(path: str | Path, picture: Picture) -> None:
 
 
 class _Sheet:
-    """Paper with pixel coordinates, the origin at the top left, that grows to what is put on it."""
+    """Paper with pixel coordinates, the origin at the top left, that grows to what is put on it.
 
-    def __init__(self) -> None:
+    scale: what sizes of text are multiplied by, being stated for a sheet of ``_WIDTH``.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self.width: float = _WIDTH
+        self.scale = scale
         self.figure = Figure(dpi=72, facecolor=PAPER)  # at 72 dpi a point is a pixel
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
@@ -239,7 +254,7 @@ class _Sheet:
 
     def measure(self, text: str, size: float, *, bold: bool = False) -> float:
         """The width of ``text`` in pixels."""
-        return float(self.canvas.get_renderer().get_text_width_height_descent(text, _font(size, bold), False)[0])
+        return float(self.canvas.get_renderer().get_text_width_height_descent(text, _font(size * self.scale, bold), False)[0])
 
     def fit(self, text: str, size: float, room: float, *, bold: bool = False) -> str:
         """``text``, shortened with an ellipsis until it fits."""
@@ -263,11 +278,12 @@ class _Sheet:
         room = self.width - 2 * _MARGIN
         y = float(_MARGIN)
         if title:
-            y += 22
-            self.text(_MARGIN, y, title, 26, INK, bold=True, room=room)
-        for line in self.wrap(subtitle, 16, room, 3):
-            y += 28
-            self.text(_MARGIN, y, line, 16, SOFT)
+            size = max(_TEXT, min(_TITLE, 0.98 * _TITLE * room / self.measure(title, _TITLE, bold=True)))
+            y += 0.85 * _TITLE * self.scale
+            self.text(_MARGIN, y, title, size, INK, bold=True, room=room)
+        for line in self.wrap(subtitle, _SMALL, room, 3):
+            y += 1.5 * _SMALL * self.scale
+            self.text(_MARGIN, y, line, _SMALL, SOFT)
         return y + 24
 
     def text(
@@ -285,7 +301,8 @@ class _Sheet:
     ) -> None:
         """One line of text, taken literally; shortened to ``room`` if given."""
         shown = text if room is None else self.fit(text, size, room, bold=bold)
-        self.axes.text(x, y, shown, color=colour, fontproperties=_font(size, bold), ha=ha, va=va, parse_math=False, usetex=False)
+        font = _font(size * self.scale, bold)
+        self.axes.text(x, y, shown, color=colour, fontproperties=font, ha=ha, va=va, parse_math=False, usetex=False)
 
     def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         from matplotlib.patches import FancyBboxPatch

@@ -6,6 +6,8 @@ differentiable access to them as they are wired (LoRAs, merges, clip skip, other
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -71,6 +73,7 @@ def graph_model(
         if text_patcher is not clip.patcher:
             text = clip.clone()
             text.patcher, text.cond_stage_model = text_patcher, text_patcher.model
+        stack.enter_context(_gradients_or_a_sentence())
         stack.callback(text.cond_stage_model.reset_clip_options)
         stack.callback(patcher.cleanup)
         side = 128 if family == "sdxl" else 64
@@ -338,20 +341,21 @@ def graph_conditioning(conditioning: Conditioning) -> list[list[Any]]:
 
 
 class Progress:
-    """An ``OnStep`` that moves a node's progress bar, shows what the model draws, writes under the node, and raises on interrupt.
+    """An ``OnStep`` that moves a node's progress bar, previews what is sampled, writes under the node, and raises on interrupt.
 
-    node_id: None outside of a graph. model: what draws; without it there are no previews. label: what comes before the numbers.
+    node_id: None outside of a graph. model: what samples; without it there are no previews. label: what comes before the numbers.
     """
 
     EVERY = 0.25
-    """Seconds between two messages."""
+    """Seconds between two messages, however many steps there are."""
 
     def __init__(self, node_id: str | None, model: ModelPatcher | None = None, label: str = "") -> None:
         self._node, self._label = node_id, label
         self._previewer = None if model is None else latent_preview.get_previewer(model.load_device, model.model.latent_format)
         self._bar: comfy.utils.ProgressBar | None = None
         self._latent: Tensor | None = None
-        self._sent = 0.0
+        self._first: tuple[float, int] | None = None
+        self._sent, self._ended = 0.0, False
 
     def show(self, denoised: Tensor) -> None:
         """Take x0 (batch, channels, h, w) for the next preview."""
@@ -360,26 +364,64 @@ class Progress:
     def __call__(self, step: int, total: int, metrics: Mapping[str, float], /) -> None:
         management.throw_exception_if_processing_interrupted()
         now = time.monotonic()
-        if step < total and now - self._sent < self.EVERY:
+        # A resumed method begins with what was done before, which says nothing about its pace.
+        self._first = self._first or (now, step)
+        ends = step >= total and not self._ended
+        if now - self._sent < self.EVERY and not ends:
             return
-        self._sent = now
+        self._sent, self._ended = now, self._ended or ends
         if self._bar is None:
             self._bar = comfy.utils.ProgressBar(total, node_id=self._node)
         preview = None
         if self._previewer is not None and self._latent is not None:
             preview = self._previewer.decode_latent_to_preview_image("JPEG", self._latent[:1].float())
         self._bar.update_absolute(step, total, preview)
-        parts = [self._label, f"{step}/{total}", *(f"{name} {value:.3g}" for name, value in metrics.items())]
-        send_text(self._node, "  ".join(part for part in parts if part))
+        done = f"{step}/{total}{_remaining(now - self._first[0], step - self._first[1], total - step)}"
+        figures = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+        head = f"{self._label}  {done}".strip()
+        parts = [head] if len(head) <= LINE else [self._label, done]
+        send_text(self._node, "\n".join([*parts, figures]))
+
+
+def _remaining(seconds: float, done: int, left: int) -> str:
+    """How long the rest will take at the pace so far; nothing before the pace can be told, or when little is left."""
+    if done <= 0 or seconds < 2:
+        return ""
+    expected = seconds * left / done
+    if expected < 2:
+        return ""
+    return f", {expected:.0f} s left" if expected < 100 else f", {expected / 60:.0f} min left"
+
+
+LINE, LINES = 40, 4
+"""Characters and lines of a text under a node: the classic renderer breaks longer lines within words, and more lines need a taller node."""
 
 
 def send_text(node_id: str | None, text: str) -> None:
-    """Show ``text`` under a node; nothing happens without a server or a node."""
+    """Show ``text`` under a node, as much of it as fits; nothing happens without a server or a node."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(fold(text), node_id)
+
+
+def fold(text: str) -> str:
+    """``text`` in at most ``LINES`` lines of ``LINE`` characters, broken between words; an ellipsis stands for what is left out.
+
+    Each of its own lines is begun, so that a long first one leaves room for the others.
+    """
+    lines: list[str] = []
+    parts = text.splitlines()[:LINES]
+    for later, part in zip(reversed(range(len(parts))), parts, strict=True):
+        own, room = _wrapped(part, LINE), LINES - len(lines) - later
+        lines += own if len(own) <= room else [*(cut := _wrapped(part, LINE - 2))[: room - 1], f"{cut[room - 1]} …"]
+    # Nodes 2.0 reads it as Markdown: two spaces end a line, and a sign before an ordinary space would begin a list.
+    return "  \n".join(re.sub(r"^([-+*#>]|\d+[.)]) ", "\\1\N{NO-BREAK SPACE}", line) for line in lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 class _Resident:
@@ -540,22 +582,17 @@ class GraphDenoiser:
         # The fast attentions have no backward, and the CPU's default loses it when it works in chunks.
         if torch.is_grad_enabled() or "optimized_attention_override" not in options:
             options["optimized_attention_override"] = _attention
+        if torch.is_grad_enabled() and "patches" in options:
+            options["patches"] = {name: list(map(_saving, patches)) for name, patches in options["patches"].items()}
         inputs: dict[str, Any] = {"c_crossattn": conditioning.context, "transformer_options": options}
         if conditioning.pooled is not None:
             inputs["y"] = self._class_embedding(x, conditioning)
         apply = self._patcher.model.apply_model
         wrapper = self._patcher.model_options.get("model_function_wrapper")
-        try:
-            if wrapper is not None:
-                denoised = wrapper(apply, {"input": x, "timestep": sigma, "c": inputs, "cond_or_uncond": [0]})
-            else:
-                denoised = apply(x, sigma, **inputs)
-        except RuntimeError as error:
-            if "Inference tensors" not in str(error):
-                raise
-            raise UnsupportedModel(
-                "a patch on this MODEL computes with tensors that have no gradient: connect the MODEL from before that node"
-            ) from error
+        if wrapper is not None:
+            denoised = wrapper(apply, {"input": x, "timestep": sigma, "c": inputs, "cond_or_uncond": [0]})
+        else:
+            denoised = apply(x, sigma, **inputs)
         if self._on_denoised is not None:
             self._on_denoised(denoised.detach())
         return denoised
@@ -719,6 +756,32 @@ def _casts(patcher: ModelPatcher) -> bool:
     """Whether weights are cast or fetched anew at every call: autograd would keep all those copies at once."""
     base = patcher.model
     return bool(base.model_lowvram) or base.get_dtype() != base.get_dtype_inference()
+
+
+@contextmanager
+def _gradients_or_a_sentence() -> Iterator[None]:
+    """Raises UnsupportedModel where autograd fails on what a patch of another node did to tensors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in ("Inference tensors", "modified by an inplace operation")):
+            raise
+        raise UnsupportedModel(
+            "a patch on this MODEL computes with tensors that have no gradient: connect the MODEL from before that node"
+        ) from error
+
+
+def _saving(patch: Any) -> Any:
+    """A patch on hidden states, such as FreeU's, that may write into them: autograd keeps copies of what it needs."""
+    if not callable(patch):  # a type of layer and its handler, which replaces the layer
+        return patch
+
+    def saved(*args: Any, **kwargs: Any) -> Any:
+        own = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+            return patch(*own, **kwargs)
+
+    return saved
 
 
 def _recomputed(block: BasicTransformerBlock) -> Callable[..., Tensor]:

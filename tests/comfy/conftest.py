@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,19 @@ def exception(history: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
+    with serve(tmp_path_factory.mktemp("comfyui")) as server:
+        yield server
+
+
+@contextmanager
+def serve(base: Path) -> Iterator[Comfy]:
+    """A server with the pack and the probes, whose models, output and settings lie in the empty folder ``base``."""
     checkout = find_checkout()
     if checkout is None:
         pytest.skip("no ComfyUI checkout: set COMFYUI_PATH")
     python = find_python(checkout)
     if subprocess.run([python, "-c", "import aiohttp, comfyui_frontend_package, torch"], capture_output=True).returncode != 0:
         pytest.skip(f"{python} lacks ComfyUI's requirements: set COMFYUI_PYTHON to one that has them")
-    base = tmp_path_factory.mktemp("comfyui")
     for folder in ("custom_nodes", "models/checkpoints", "models/loras", "models/embeddings", "input", "output", "shim"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "conceptkit").symlink_to(PACK)

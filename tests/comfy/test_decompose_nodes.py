@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -275,6 +276,20 @@ def test_word_pictures_show_what_a_ksampler_draws(comfy, bird):
 
 def test_the_node_shows_what_the_model_draws(comfy):
     assert comfy.probe("previews") == [[step, 3, [16, 16], "7"] for step in (1, 2, 3)]
+
+
+def test_many_steps_are_few_short_messages(comfy):
+    """Ten a second at most, whatever the number of steps; each says how long the rest takes, and no line is broken by the browser."""
+    *sent, end, long = comfy.probe("messages", wires={"vae": None}, steps=20000, seconds=60.0, label="a bird of prey in a tree")
+    assert 60 < len(sent) <= 600
+    assert not any("left" in text for text in sent[:2])
+    assert re.fullmatch(r"a bird of prey in a tree  \n\d+/20000, (29|30|31) s left  \nr2 0.812", sent[len(sent) // 2])
+    assert end == "a bird of prey in a tree  20000/20000  \nr2 0.812"
+    # Nodes 2.0 reads the text as Markdown, where "+ finch" would begin a list.
+    lines = ["bird = 28% tiny + 25% constructionally", "+\N{NO-BREAK SPACE}17% finch + 13% raven + 12%"]
+    lines += ["impressionistic + 28% tiny + 25% …", "bird-tiny-construction-finch-856bc0f39f.safetensors"]
+    assert long.split("  \n") == lines
+    assert max(len(line.rstrip()) for text in [*sent, end] for line in text.splitlines()) <= 40
 
 
 def test_a_list_of_concepts_gives_lists(comfy):

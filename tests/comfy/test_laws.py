@@ -93,3 +93,33 @@ def test_quantised_models_are_refused(comfy):
     extra = {"fp8": node("UNETLoader", unet_name="shapes.safetensors", weight_dtype="fp8_e4m3fn")}
     message = comfy.fail(comfy.probing("refused", what="fp8", wires={"model": ["fp8", 0]}, graph=extra))
     assert "the MODEL is quantised: load it in fp16, bf16 or fp32" in message
+
+
+PATCHED = {
+    "FreeU": {"b1": 2.0, "b2": 2.0, "s1": 0.2, "s2": 0.2},
+    "FreeU_V2": {"b1": 2.0, "b2": 2.0, "s1": 0.2, "s2": 0.2},
+}
+"""Stock nodes whose patches write into the network's hidden states."""
+
+
+@pytest.mark.parametrize("kind", PATCHED)
+def test_patches_that_write_in_place_are_differentiated(comfy, untouched, kind):
+    """The gradient through the patch is that of finite differences, and is not the gradient without the patch."""
+    extra = {"patch": node(kind, model=["loader", 0], **PATCHED[kind])}
+    found = comfy.probe("slope", wires={"model": ["patch", 0], "vae": None}, graph=extra)
+    plain = comfy.probe("slope", wires={"vae": None})
+    for slope in (found, plain):
+        assert slope["gradient"] == pytest.approx(slope["difference"], rel=0.01)
+    assert found["gradient"] != pytest.approx(plain["gradient"], rel=0.05)
+
+
+def test_a_model_with_freeu_is_decomposed(comfy, untouched):
+    asked = {"concept": "bird", "template": "a photo of a {}", "words": 1, "seed": 0, "size": 64, "budget": "fast"}
+    patch = node("FreeU_V2", model=["loader", 0], **PATCHED["FreeU_V2"])
+    graph = {"patch": patch, "node": node("ConceptKitDecompose", model=["patch", 0], clip=["loader", 1], **asked)}
+    outputs = comfy.run(comfy.loaders() | graph | {"show": node("PreviewAny", source=["node", 3])})
+    assert outputs["show"]["text"][0].startswith("bird = ")
+
+
+def test_a_patch_without_a_gradient_is_refused(comfy, untouched):
+    assert "connect the MODEL from before that node" in comfy.fail(comfy.probing("overwritten", wires={"vae": None}))

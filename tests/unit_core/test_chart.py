@@ -23,6 +23,15 @@ CASES = {
     "mathtext": lambda: chart.share_bars(["$x^{", "$$", "a_b \\frac"], [0.5, 0.3, 0.2], title="$\\bad{$"),
     "grid": lambda: chart.picture_grid(squares(2, 3), ["bird", LONG], LABELS, title="bird"),
     "bare grid": lambda: chart.picture_grid(squares(2, 3)),
+    "many pictures": lambda: chart.picture_grid(squares(3, 7, 128), ["seed 7"] * 3, ["mixture", "robin 25%", *["a b"] * 5], title="bird"),
+    "an edit": lambda: chart.edit_report(
+        [("circle", 0.1, 0.8), (LONG, 1.0, 1.0)],
+        [("keys", [0.1] * 9), ("values", [0.2] * 9)],
+        [("ring", 0.02)],
+        [(word, 0.2) for word in [LONG, *"abcdefghijk"]],
+        title="circle -> square, red -> green, robin -> car",
+        subtitle="with a long subtitle " * 20,
+    ),
     "one small picture": lambda: chart.picture_grid(squares(1, 1, 16), ["row " * 40], ["column " * 40], title=LONG, subtitle=LONG),
 }
 
@@ -41,6 +50,16 @@ def test_texts_stay_on_the_sheet_and_apart(draw, monkeypatch):
     boxes = [text.get_window_extent(sheet.canvas.get_renderer()) for text in sheet.axes.texts if text.get_text()]
     assert all(box.x0 >= 8 and box.y0 >= 8 and box.x1 <= picture.shape[1] - 8 and box.y1 <= picture.shape[0] - 8 for box in boxes)
     assert not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "grid" not in name and "small" not in name])
+def test_texts_are_read_on_a_node_400_pixels_wide(name, monkeypatch):
+    sheets = []
+    render = chart._Sheet.render
+    monkeypatch.setattr(chart._Sheet, "render", lambda self, height: (sheets.append(self), render(self, height))[1])
+    width = CASES[name]().shape[1]
+    sizes = [text.get_fontsize() for text in sheets[0].axes.texts]
+    assert min(sizes) * 400 / width >= 9
 
 
 @pytest.mark.parametrize("draw", CASES.values(), ids=CASES)
@@ -64,7 +83,7 @@ def test_bars_are_as_long_as_the_shares():
 def test_thirty_words_make_a_higher_chart():
     one, thirty = CASES["one word"](), CASES["thirty words"]()
     assert one.shape[1] == thirty.shape[1] == 1200
-    assert thirty.shape[0] - one.shape[0] > 28 * 40
+    assert thirty.shape[0] - one.shape[0] > 28 * 50
 
 
 def test_pictures_appear_pixel_for_pixel():

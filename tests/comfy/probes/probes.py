@@ -94,6 +94,27 @@ def previews(pack, wired):
     return told
 
 
+def messages(pack, wired, steps, seconds, label):
+    """What a node writes under itself while steps are reported evenly, then the last one ten times more; and a long text."""
+    from server import PromptServer
+
+    module, sent, clock = pack("nodes.comfy_model"), [], [0.0]
+    server, real = PromptServer.instance, module.time
+    server.send_progress_text = lambda text, node_id: sent.append(text)
+    module.time = types.SimpleNamespace(monotonic=lambda: clock[0])
+    try:
+        progress = module.Progress("7", label=label)
+        for step in [*range(1, steps + 1), *[steps] * 10]:
+            clock[0] += seconds / steps
+            progress(step, steps, {"r2": 0.8123})
+        long = "bird = 28% tiny + 25% constructionally + 17% finch + 13% raven + 12% impressionistic + 28% tiny + 25% constructions"
+        module.send_text("7", f"{long}\nbird-tiny-construction-finch-856bc0f39f.safetensors")
+    finally:
+        module.time = real
+        del server.send_progress_text
+    return sent
+
+
 def identity(pack, wired):
     """What tells the wired model from every other, and how long that took."""
     start = time.perf_counter()
@@ -104,7 +125,8 @@ def identity(pack, wired):
 def decomposed(pack, wired):
     """What Decompose Concept makes of the wires, with its defaults."""
     given = {"concept": "bird", "template": "a photo of a {}", "words": 3, "seed": 0, "size": 0}
-    pack("nodes.decompose").DecomposeConcept.execute(wired["model"], wired.get("clip"), **given)
+    node = type("Node", (pack("nodes.decompose").DecomposeConcept,), {"hidden": types.SimpleNamespace(unique_id=None)})
+    node.execute(wired["model"], wired.get("clip"), **given)
 
 
 def other_clip(pack, wired):
@@ -185,6 +207,46 @@ def gradients(pack, wired, word, path, lowvram=False):
         again = sum(map(overridden, wired["model"].model.diffusion_model.modules()))
         difference = float((plain - conditioning.context).abs().max().detach())
         return {"difference": difference, "ids": model.text.tokenize("A Photo of a café!"), "recomputed": again}
+
+
+def slope(pack, wired):
+    """A loss of what the model predicts, and how it grows along one direction of the conditioning: by autograd and by a difference."""
+    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+        Conditioning = pack("core.model").Conditioning
+        generator = torch.Generator().manual_seed(0)
+        context = model.text.encode(["a photo of a bird"]).context.detach()
+        x = torch.randn(1, 4, 16, 16, generator=generator) * 3
+        along = torch.randn(context.shape, generator=generator) / context.numel() ** 0.5
+
+        def loss(at):
+            return model.denoise(x, 1.0, Conditioning(at)).double().square().sum()
+
+        leaf = context.clone().requires_grad_()
+        value = loss(leaf)
+        value.backward()
+        with torch.no_grad():
+            step = 0.05 * context.norm()
+            difference = (loss(context + step * along) - loss(context - step * along)) / (2 * step)
+        return {"loss": float(value), "gradient": float((leaf.grad * along).sum()), "difference": float(difference)}
+
+
+def overwritten(pack, wired):
+    """Take a gradient through a replaced attention that overwrites what the gradient needs."""
+    model = wired["model"].clone()
+
+    def attention(q, k, v, extra_options):
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        found = weights @ v
+        weights.zero_()
+        return found
+
+    for block in range(12):
+        model.set_model_attn2_replace(attention, "input", block)
+        model.set_model_attn2_replace(attention, "output", block)
+    with pack("nodes.comfy_model").graph_model(model, wired["clip"]) as host:
+        context = host.text.encode(["a bird"]).context.detach().requires_grad_()
+        host.denoise(torch.ones(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context)).sum().backward()
+    raise AssertionError("accepted")
 
 
 def failure(pack, wired, kind):
