@@ -31,50 +31,59 @@ _STRIP = 50
 
 
 def share_bars(
-    words: Sequence[str], shares: Sequence[float], importances: Sequence[float] | None = None, *, title: str, subtitle: str = ""
+    words: Sequence[str],
+    shares: Sequence[float],
+    importances: Sequence[float] | None = None,
+    fillers: Sequence[str] = (),
+    *,
+    title: str,
+    subtitle: str = "",
 ) -> Picture:
-    """A decomposition: one bar a word, as long as its share; beside it, if given, the R² lost without the word.
+    """A decomposition: one bar a word, as long as its importance, and its share of the mixture beside it; without importances, of its share.
 
-    words: at least one, drawn in the order given. shares: 0 or more each, 1 being the whole. importances: any finite number each.
+    words: at least one, drawn in the order given. shares, importances: 0 or more each. fillers: of the words, at the end, set apart and pale.
     Returns 1200 pixels wide, as high as the words need. Raises ValueError for other lengths or values.
     """
     if not words:
         raise ValueError("there is no word to draw: give at least one")
     if len(shares) != len(words) or (importances is not None and len(importances) != len(words)):
         raise ValueError(f"{len(words)} words need as many shares and importances: give one each")
-    if not np.isfinite([*shares, *(importances or [])]).all() or min(shares) < 0:
-        raise ValueError("shares must be finite and not negative, and importances finite")
+    if not np.isfinite([*shares, *(importances or [])]).all() or min([*shares, *(importances or [])]) < 0:
+        raise ValueError("shares and importances must be finite and not negative")
     sheet = _Sheet()
     left = _MARGIN + min(max(sheet.measure(word, _TEXT) for word in words), 330) + 20
-    right = _WIDTH - _MARGIN if importances is None else 760
+    right = _WIDTH - _MARGIN if importances is None else 800
     top = sheet.heading(title, subtitle) + 44
-    sheet.text(left, top - 14, "share", _SMALL, SOFT)
-    scale = (right - left - 12 - sheet.measure("9.9%", _SMALL)) / (max(shares) or 1)
-    bottom = top + _ROW * len(words)
+    sheet.text(left, top - 14, "share" if importances is None else "importance (\N{GREEK CAPITAL LETTER DELTA}R²)", _SMALL, SOFT)
+    lengths = shares if importances is None else importances
+    values = [_percent(share) for share in shares] if importances is None else [f"{importance:.3f}" for importance in importances]
+    scale = (right - left - 24 - max(sheet.measure(value, _SMALL) for value in values)) / (max(lengths) or 1)
+    apart = len(words) - len(fillers)
+    middles = [top + _ROW * (row + 0.5) + (_ROW if fillers and row >= apart else 0) for row in range(len(words))]
+    bottom = middles[-1] + _ROW / 2
     sheet.line(left, top, left, bottom, RULE)
-    for row, (word, share) in enumerate(zip(words, shares, strict=True)):
-        middle = top + _ROW * row + _ROW / 2
-        sheet.text(left - 20, middle, word, _TEXT, INK, ha="right", va="center_baseline", room=left - 20 - _MARGIN)
-        sheet.box(left, middle - 16, share * scale, 32, ACCENT)
-        sheet.text(left + share * scale + 12, middle, _percent(share), _SMALL, INK, va="center_baseline")
+    if fillers:
+        sheet.text(left + 12, top + _ROW * (apart + 0.5), "fill in: next to nothing is lost without", _SMALL, SOFT, va="center_baseline")
+    for row, (word, middle) in enumerate(zip(words, middles, strict=True)):
+        ink, colour = (INK, ACCENT) if row < apart else (SOFT, RULE)
+        sheet.text(left - 20, middle, word, _TEXT, ink, ha="right", va="center_baseline", room=left - 20 - _MARGIN)
+        sheet.box(left, middle - 16, lengths[row] * scale, 32, colour)
+        sheet.text(left + lengths[row] * scale + 12, middle, values[row], _SMALL, ink, va="center_baseline")
     if importances is not None:
-        _importances(sheet, importances, right + 30, top)
-    return sheet.render(bottom + _MARGIN)
+        _shares(sheet, shares, middles, right + 30, top)
+    return sheet.render(int(bottom) + _MARGIN)
 
 
-def _importances(sheet: _Sheet, importances: Sequence[float], left: float, top: float) -> None:
-    sheet.text(left + 8, top - 14, "\N{GREEK CAPITAL LETTER DELTA}R² without the word", _SMALL, SOFT)
-    right = _WIDTH - _MARGIN - sheet.measure("\N{MINUS SIGN}0.000", _SMALL)
-    low, high = min(0.0, *importances), max(0.0, *importances)
-    scale = (right - left - 16) / ((high - low) or 1)
-    zero = left + 8 - low * scale
-    sheet.line(zero, top, zero, top + _ROW * len(importances), RULE)
-    for row, importance in enumerate(importances):
-        middle = top + _ROW * row + _ROW / 2
-        sheet.line(zero, middle, zero + importance * scale, middle, SECOND, 4)
-        sheet.dot(zero + importance * scale, middle, 9, SECOND)
-        value = f"{round(importance, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")  # adding zero: what rounds to zero has no sign
-        sheet.text(_WIDTH - _MARGIN, middle, value, _SMALL, INK, ha="right", va="center_baseline")
+def _shares(sheet: _Sheet, shares: Sequence[float], middles: Sequence[float], left: float, top: float) -> None:
+    """Shares of the mixture as dots on stems."""
+    sheet.text(left + 8, top - 14, "share of the mixture", _SMALL, SOFT)
+    right = _WIDTH - _MARGIN - sheet.measure("100%", _SMALL)
+    scale = (right - left - 40) / (max(shares) or 1)
+    sheet.line(left + 8, top, left + 8, middles[-1] + _ROW / 2, RULE)
+    for share, middle in zip(shares, middles, strict=True):
+        sheet.line(left + 8, middle, left + 8 + share * scale, middle, SECOND, 4)
+        sheet.dot(left + 8 + share * scale, middle, 9, SECOND)
+        sheet.text(_WIDTH - _MARGIN, middle, _percent(share), _SMALL, INK, ha="right", va="center_baseline")
 
 
 def picture_grid(

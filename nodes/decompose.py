@@ -394,7 +394,7 @@ def chart(found: Decomposition) -> Tensor:
         if found.fidelity is None
         else f"the words explain {found.r2:.0%} of what the concept changes"
     )
-    picture = share_bars(found.words, found.shares, found.importance, title=found.concept, subtitle=f"“{prompt}”: {measured}")
+    picture = share_bars(found.words, found.shares, found.importance, found.fillers, title=found.concept, subtitle=f"“{prompt}”: {measured}")
     return image(picture)
 
 

@@ -22,7 +22,8 @@ FORMAT, VERSION = "conceptkit-decomposition", 2
 RELIABLE_R2 = 0.8
 """Held-out R2 from which a decomposition is taken to explain its concept."""
 FILLS_IN = 0.015
-"""Importance below which a word only fills in: it helps the mixture and shows next to nothing of the concept. Right words of the demo model's
+"""Importance below which a word only fills in: it helps the mixture and shows next to nothing of the concept. Right words of the demo
+model's
 tuned half have .021 and more, fillers at most .009."""
 _TEXT, _LIST = 4096, 65536  # the longest text and list a file may hold
 _EMBEDDING_KEYS = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}  # what ComfyUI calls the text encoders
@@ -64,7 +65,8 @@ class Fidelity:
     """How much of what the concept changes in the model's predictions its words change alike.
 
     R2_cond = 1 - sum ||eps_w - eps_c||^2 / sum ||eps_empty - eps_c||^2: 1 is the concept itself, 0 no better than the empty prompt.
-    ``heldout``: on images that neither fitted nor chose; ``fitted``: on those by which the result was chosen; ``levels``: held out, from the noisiest third of the
+    ``heldout``: on images that neither fitted nor chose; ``fitted``: on those by which the result was chosen; ``levels``: held out, from
+    the noisiest third of the
     steps (layout) to the cleanest (detail); ``every_word``: held out, before all but the strongest words were dropped. None where a
     method has no such number.
     """
@@ -179,7 +181,8 @@ class Decomposition:
         return text.encode([fill(self.template if template is None else template, [self.token])])
 
     def by_importance(self) -> Decomposition:
-        """The same with its words in order of importance, those below ``FILLS_IN`` as fillers (never all); itself where nothing was measured."""
+        """The same with its words in order of importance, those below ``FILLS_IN`` as fillers (never all); itself where nothing was
+        measured."""
         if self.importance is None:
             return self
         importance = torch.tensor(self.importance, dtype=torch.double)

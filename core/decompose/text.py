@@ -147,7 +147,8 @@ def text_codes(task: Task, space: PromptSpace, count: int) -> list[Tensor]:
 
 
 def shortlist(task: Task, space: PromptSpace, looked: int, searched: int) -> list[int]:
-    """Candidates (indices of the pool): the ``looked`` nearest to the concept as encoded prompts, then the nearest by prompt and by embedding
+    """Candidates (indices of the pool): the ``looked`` nearest to the concept as encoded prompts, then the nearest by prompt and by
+    embedding
     in turns, ``searched`` in all."""
     atoms, target = _token_space(task)
     nearest = [space.cosines, normalize(atoms, dim=1) @ normalize(target, dim=0)]

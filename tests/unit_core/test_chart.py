@@ -17,7 +17,9 @@ LONG = "pneumonoultramicroscopicsilicovolcanoconiosis"
 CASES = {
     "one word": lambda: chart.share_bars(["robin"], [1.0], [0.9], title="bird", subtitle="R² = 0.93"),
     "thirty words": lambda: chart.share_bars([f"word{i}" for i in range(30)], [1 / 30] * 30, [0.01] * 30, title="many"),
-    "long texts": lambda: chart.share_bars([LONG, "a"], [0.0, 1.0], [-0.5, 0.5], title=LONG * 3, subtitle="with a long subtitle " * 20),
+    "fillers": lambda: chart.share_bars(["robin", "tiny", LONG], [0.4, 0.5, 0.1], [0.6, 0.01, 0.0], ["tiny", LONG], title="bird"),
+    "only fillers but one": lambda: chart.share_bars(["a", "b"], [0.5, 0.5], [0.0, 0.0], ["b"], title="bird"),
+    "long texts": lambda: chart.share_bars([LONG, "a"], [0.0, 1.0], [0.5, 0.5], title=LONG * 3, subtitle="with a long subtitle " * 20),
     "no importances": lambda: chart.share_bars(["a", LONG], [0.123, 0.877], title="bird"),
     "nothing": lambda: chart.share_bars(["a", "b"], [0.0, 0.0], [0.0, 0.0], title=""),
     "mathtext": lambda: chart.share_bars(["$x^{", "$$", "a_b \\frac"], [0.5, 0.3, 0.2], title="$\\bad{$"),
@@ -103,6 +105,7 @@ def test_pictures_appear_pixel_for_pixel():
         (lambda: chart.share_bars(["a"], [float("nan")], title=""), "finite"),
         (lambda: chart.share_bars(["a"], [-0.1], title=""), "not negative"),
         (lambda: chart.share_bars(["a"], [0.1], [float("inf")], title=""), "finite"),
+        (lambda: chart.share_bars(["a"], [0.1], [-0.1], title=""), "not negative"),
         (lambda: chart.picture_grid([]), "at least one picture"),
         (lambda: chart.picture_grid([[None], [None, None]]), "equal length"),
         (lambda: chart.picture_grid([[None]], ["a", "b"]), "as many labels"),
