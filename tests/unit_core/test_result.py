@@ -110,7 +110,7 @@ def test_the_hash_follows_what_was_found_and_not_what_computed_it() -> None:
     assert found.content_hash() == example().content_hash() == example(versions={"torch": "3"}, model="renamed").content_hash()
     changes = [
         {"concept": "cat"}, {"seed": 1}, {"evals": 1}, {"alpha": found.alpha.flip(0)}, {"fidelity": None}, {"edits": ("x",)},
-        {"excluded": ""}, {"embeddings": {n: r + 1 for n, r in found.embeddings.items()}}, {"attempts": ()}, {"settings": {}},
+        {"fillers": ("red",)}, {"embeddings": {n: r + 1 for n, r in found.embeddings.items()}}, {"attempts": ()}, {"settings": {}},
         {"size": (64, 64)},
     ]  # fmt: skip
     assert len({found.content_hash(), *(example(**change).content_hash() for change in changes)}) == len(changes) + 1
@@ -120,7 +120,7 @@ def test_json_says_it_all_in_plain_values() -> None:
     found = example()
     said = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert said["r2"] == 0.97 and said["reliable"] is True and said["hash"] == found.content_hash()
-    assert said["words"][0] == {"word": "red", "id": 3, "share": pytest.approx(0.4), "importance": 0.3}
+    assert said["words"][0] == {"word": "red", "id": 3, "share": pytest.approx(0.4), "importance": 0.3, "fills_in": False}
     assert said["fidelity"] == asdict(found.fidelity) | {"levels": [asdict(level) for level in found.fidelity.levels]}  # type: ignore[arg-type,union-attr]
     assert said["clusters"] == [["red", "sky"]] and said["size"] == [128, 64] and said["versions"]["torch"] == "2"
     unknown = example(importance=None, fidelity=None).to_json()
@@ -272,9 +272,28 @@ def check(path: Path) -> None:
     assert str(path) in refusal
 
 
+def test_a_file_of_version_1_loads_without_what_it_measured_otherwise(tmp_path: Path) -> None:
+    found = example()
+    header = {name: value for name, value in found._header().items() if name != "fillers"}
+    artifact.write(tmp_path / "old", found._tensors(), {**header, "version": 1})
+    loaded = Decomposition.load(tmp_path / "old")
+    assert loaded.words == found.words and torch.equal(loaded.alpha, found.alpha) and loaded.fidelity == found.fidelity
+    assert loaded.importance is None and loaded.fillers == ()
+
+
+def test_words_stand_in_order_of_importance_and_those_that_fill_in_apart() -> None:
+    found = example(importance=(0.001, 0.3, 0.0, 0.2)).by_importance()
+    assert found.words == tuple(example().words[i] for i in (1, 3, 0, 2)) and found.importance == (0.3, 0.2, 0.001, 0.0)
+    assert found.fillers == found.words[2:] and "fill in:" in found.summary()
+    assert torch.equal(found.token["l"], example().token["l"]) or torch.allclose(found.token["l"], example().token["l"], atol=1e-6)
+    nothing = example(importance=(0.0, 0.0, 0.0, 0.0)).by_importance()
+    assert len(nothing.fillers) == 3  # never all
+    assert example(importance=None).by_importance().words == example().words
+
+
 def test_other_versions_and_kinds_are_refused(tmp_path: Path) -> None:
     found = example()
-    for change, message in (({"version": 2}, "newer"), ({"version": 0}, "older"), ({"format": "conceptkit-edit"}, "not a")):
+    for change, message in (({"version": 3}, "newer"), ({"version": 0}, "older"), ({"format": "conceptkit-edit"}, "not a")):
         artifact.write(tmp_path / "a", found._tensors(), {**found._header(), **change}, overwrite=True)
         with pytest.raises(ArtifactError, match=message):
             Decomposition.load(tmp_path / "a")
