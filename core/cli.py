@@ -328,7 +328,7 @@ def bench_decompose(
     json_: JsonOption,
     profile: ProfileOption = "quick",
     model: DemoOption = "demo",
-    methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = "distilled,text,conceptor",
+    methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = "distilled,text,conceptor,conceptor-tuned",
     processes: ProcessesOption = None,
     parts: PartsOption = None,
     shard: ShardOption = "1/1",

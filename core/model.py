@@ -212,6 +212,8 @@ class Model:
     meter: Meter = field(default_factory=Meter)
     cross_attention: CrossAttention | None = None
     """Access to the weights that read the text; None where a host has none to give."""
+    predicts_velocity: bool = False
+    """Whether the network was trained to predict velocity, not noise: for methods that train on the same target."""
 
     def denoise(self, x: Tensor, sigma: Tensor | float, conditioning: Conditioning) -> Tensor:
         """x0 for a batch, counted, cancellable and checked.

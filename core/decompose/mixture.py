@@ -58,6 +58,13 @@ class Mixture:
         )
 
 
+def top_k(alpha: Tensor, count: int) -> Tensor:
+    """alpha (words,) without all but its largest ``count`` entries, summing to 1; differentiable."""
+    kept = torch.zeros_like(alpha)
+    kept[alpha.detach().topk(min(count, len(alpha))).indices] = 1
+    return alpha * kept / (alpha * kept).sum()
+
+
 class SimplexDescent:
     """Momentum descent on alpha = u * u, ||u|| = 1, which keeps alpha on the simplex and lets weights die out.
 

@@ -14,7 +14,8 @@ import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.decompose import METHODS, Decomposition, decompose_concept
 from conceptkit.core.decompose.clusters import clusters
-from conceptkit.core.decompose.conceptor import BUDGETS, Network, strongest
+from conceptkit.core.decompose.conceptor import BUDGETS, PROMPTS, Network, target_loss
+from conceptkit.core.decompose.mixture import top_k
 from conceptkit.core.decompose.task import Task
 from conceptkit.core.decompose.text import text_code
 from conceptkit.core.hosts.diffusers import load_model
@@ -401,7 +402,7 @@ def test_the_network_is_the_published_one() -> None:
 
 def test_the_strongest_words_keep_their_gradients() -> None:
     alpha = torch.tensor([0.1, 0.5, 0.0, 0.4], requires_grad=True)
-    kept = strongest(alpha, 2)
+    kept = top_k(alpha, 2)
     assert kept.tolist() == pytest.approx([0, 5 / 9, 0, 4 / 9])
     (gradient,) = torch.autograd.grad(kept[1], alpha)
     assert gradient.tolist() == pytest.approx([0, 0.4 / 0.81, 0, -0.5 / 0.81])
