@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
-from conceptkit.core.decompose import METHODS, Decomposition, decompose_concept
+from conceptkit.core.decompose import METHODS, Decomposition, conceptor, decompose_concept
 from conceptkit.core.decompose.clusters import clusters
 from conceptkit.core.decompose.conceptor import BUDGETS, PROMPTS, Network, target_loss
 from conceptkit.core.decompose.mixture import top_k
@@ -341,6 +341,7 @@ def test_conceptor_spends_the_published_budget() -> None:
     validation = options.steps // options.every * options.references * guided
     assert (options.pictures * guided, options.references * guided, training, validation) == (10_000, 2_000, 9_000, 20_000)
     assert (options.rate, options.sparsity, options.hidden, options.kept, options.guidance) == (1e-3, 1e-3, 100, 50, 7.5)
+    assert options.refit == 0
 
 
 def test_conceptor_counts_pictures_training_and_validations() -> None:
@@ -408,9 +409,103 @@ def test_the_strongest_words_keep_their_gradients() -> None:
     assert gradient.tolist() == pytest.approx([0, 0.4 / 0.81, 0, -0.5 / 0.81])
 
 
-def test_the_picture_filter_keeps_the_nearest_texts_where_there_are_too_many_words() -> None:
-    found = take_apart(world(), "conceptor", settings={**SMALL["conceptor"], "dictionary": 5})
-    assert found.candidates == 5
+def test_the_image_filter_keeps_the_nearest_texts_where_there_are_too_many_words() -> None:
+    """Texts are read in all 27 published prompts, and the five words nearest to the mean image stay: found here one by one."""
+    read: list[str] = []
+    images: list[Tensor] = []
+
+    class Recorder(Scorer):
+        def embed_pictures(self, pictures: Tensor) -> Tensor:
+            images.append(super().embed_pictures(pictures))
+            return images[-1]
+
+        def embed_texts(self, texts: Sequence[str]) -> Tensor:
+            read.extend(texts)
+            return super().embed_texts(texts)
+
+    few = {**SMALL["conceptor"], "dictionary": 5, "steps": 1, "kept": 5}
+    found = take_apart(replace(world(), scorer=Recorder()), "conceptor", settings=few, words=5)
+    assert found.candidates == 5 and len(PROMPTS) == len(set(PROMPTS)) == 27
+    assert set(read) == {prompt.replace("{}", word) for prompt in PROMPTS for word in NAMES if word != "waa"}
+    mean = images[0].mean(0)  # training images come first, four at once
+    texts = {word: Scorer().embed_texts([prompt.replace("{}", word) for prompt in PROMPTS]).mean(0) for word in NAMES if word != "waa"}
+    nearest = sorted(texts, key=lambda word: -float(normalize(texts[word], dim=0) @ mean))
+    assert set(found.words) == set(nearest[:5])
+
+
+def test_images_are_encoded_again_from_8_bits_and_mirrored() -> None:
+    encoded: list[Tensor] = []
+
+    class Recorder(Autoencoder):
+        def encode(self, pictures: Tensor) -> Tensor:
+            encoded.append(pictures)
+            return super().encode(pictures)
+
+    take_apart(replace(world(), autoencoder=Recorder()), "conceptor")
+    images = torch.cat(encoded)
+    assert len(images) == 8 and torch.allclose(images * 255, (images * 255).round(), atol=1e-4)
+    assert torch.equal(images[4:], images[:4].flip(-1)) and not torch.equal(images[4:], images[:4])
+
+
+@pytest.mark.parametrize("velocity", [False, True])
+def test_the_target_is_the_one_the_model_was_trained_on(velocity: bool) -> None:
+    """Compared with diffusers' own noise and velocity at the same timesteps."""
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    times = torch.tensor([3, 400, 990])
+    x0, noise, output = (draw(seed, 3, 2, 4, 4) for seed in (1, 2, 3))
+    kept = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+    noisy = scheduler.add_noise(x0, noise, times)
+    sigma = ((1 - kept) / kept).sqrt().flatten()
+    if velocity:
+        denoised, target = kept.sqrt() * noisy - (1 - kept).sqrt() * output, scheduler.get_velocity(x0, noise, times)
+    else:
+        denoised, target = (noisy - (1 - kept).sqrt() * output) / kept.sqrt(), noise
+    loss = target_loss(denoised, x0, sigma, velocity=velocity)
+    assert float(loss) == pytest.approx(float((output - target).square().mean()), rel=1e-4)
+
+
+def test_conceptor_trains_a_velocity_model_on_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def noted(denoised: Tensor, x0: Tensor, sigma: Tensor, *, velocity: bool) -> Tensor:
+        asked.append(velocity)
+        return target_loss(denoised, x0, sigma, velocity=velocity)
+
+    monkeypatch.setattr(conceptor, "target_loss", noted)
+    for velocity in (False, True):
+        take_apart(replace(world(), predicts_velocity=velocity), "conceptor")
+        assert set(asked) == {velocity}
+        asked.clear()
+
+
+class Symmetric(Denoiser):
+    """Of images that look alike in a mirror, as mirrored training images suppose."""
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        return (super().denoise(x, sigma, conditioning) + super().denoise(x.flip(-1), sigma, conditioning).flip(-1)) / 2
+
+
+def test_conceptor_s_words_are_fitted_again_and_resume_alike(tmp_path: Path) -> None:
+    """The words that are left explain more once they are fitted without the network, at 3 evals a sample, and alike after a stop."""
+
+    def mirrored(before_call: Callable[[], None] = lambda: None) -> Model:
+        return replace(world(before_call=before_call), denoiser=Symmetric(8))
+
+    def found(model: Model, refit: int, checkpoint: Path | None = None) -> Decomposition:
+        options = {**SMALL["conceptor"], "guidance": 1, "pictures": 40, "sampler_steps": 8, "batch": 6, "steps": 2, "kept": 2}
+        options |= {"refit": refit, "refit_rate": 0.03}
+        two = ["wab", "waf"]
+        concept = planted(model, two, [0.9, 0.1])
+        asked = {"candidates": two, "words": 2, "select": "r2", "settings": options, "checkpoint": checkpoint}
+        return take_apart(model, "conceptor", concept, **asked)
+
+    cut, fitted = found(mirrored(), 0), found(mirrored(), 60)
+    assert cut.r2 < 0.97 and fitted.r2 > 0.99 and fitted.shares[0] > cut.shares[0] + 0.2
+    assert fitted.evals - cut.evals == 3 * 6 * 60
+    with pytest.raises(Stop):
+        found(mirrored(interrupter(fitted.calls - 20)), 60, tmp_path / "run")
+    again = mirrored()
+    assert found(again, 60, tmp_path / "run").content_hash() == fitted.content_hash() and again.meter.calls < 80
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
