@@ -44,7 +44,7 @@ from .result import Decomposition, mix
 from .states import States, distances
 from .task import Tally, Task
 
-_CHECKPOINT = "conceptkit-conceptor-run"
+_CHECKPOINT, _VERSION = "conceptkit-conceptor-run", 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its running means
 _AT_ONCE = 10
 """Images in memory at once, as published."""
@@ -399,12 +399,12 @@ class _Run:
             tensors[f"network.{index}"] = parameter
             tensors |= {f"{name}.{index}": state.get(name, torch.zeros_like(parameter)) for name in _MOMENTS}
         header = {"step": self.step, "scores": self.scores, "evals": self.tally.evals, "calls": self.tally.calls}
-        identity = {"format": _CHECKPOINT, "version": 1, "key": self._key()}
+        identity = {"format": _CHECKPOINT, "version": _VERSION, "key": self._key()}
         write(self.task.checkpoint, tensors, {**header, **identity}, overwrite=True)
 
     def _resume(self, path: Path) -> None:
         """Continue where ``path`` says a run stopped. Raises ArtifactError when it cannot be read or is another run's."""
-        tensors, header = read(path, _CHECKPOINT, 1, self._layout)
+        tensors, header = read(path, _CHECKPOINT, _VERSION, self._layout)
         if header["key"] != self._key():
             raise ArtifactError(f"{path} belongs to a run with other inputs: delete it, or give this run another checkpoint")
         self.step, self.scores = int(header["step"]), [float(score) for score in header["scores"]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conceptkit.core.artifact import ArtifactError
+from conceptkit.core.artifact import ArtifactError, write
 from conceptkit.core.decompose import METHODS, Decomposition, conceptor, decompose_concept
 from conceptkit.core.decompose.clusters import clusters
 from conceptkit.core.decompose.conceptor import BUDGETS, PROMPTS, Network, target_loss
@@ -378,6 +378,9 @@ def test_conceptor_resumes_with_either_selection_and_refuses_another_run_s_check
     assert again.meter.calls < whole.calls - 9 and not path.exists()
     path.write_bytes(b"nothing of the sort")
     with pytest.raises(ArtifactError, match="damaged"):
+        take_apart(world(), "conceptor", checkpoint=path)
+    write(path, {"latents": torch.zeros(1)}, {"format": "conceptkit-conceptor-run", "version": 1}, overwrite=True)
+    with pytest.raises(ArtifactError, match="older than 2"):
         take_apart(world(), "conceptor", checkpoint=path)
 
 
