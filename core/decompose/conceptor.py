@@ -19,7 +19,7 @@ What differs, and why:
 - Any width and number of text encoders works: the released network is 1024 wide.
 - Without an autoencoder (selection by R2) the sampled latents are trained on as they are, and flipped instead of the images.
 
-``Settings.refit`` is not part of the published method: it lets the words that are left fit once more, by the same loss.
+``Settings.refit`` is not part of the published method: the words that are left are fitted once more, by the same loss and validation.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Settings:
     training; hidden: the network's width; sparsity: the weight of its second loss; kept: how many words make the explanation while
     training; every: steps between validations. dictionary: words left by the image filter, where a scorer and more words are there.
     heldout, measured_steps: images and steps that the result is measured on. judged: reference states for validations by R2.
-    refit, refit_rate: steps of the same batch, and their rate, that the weights of the words left at the end are fitted for alone; 0
-    leaves them as they are, as published.
+    refit, refit_rate: steps of the same batch, and their rate, in which the weights of the words left at the end are fitted alone. They
+    are taken where one more validation finds them the best of all. 0 leaves the weights as they are, as published.
     """
 
     pictures: int = 100
@@ -91,7 +91,7 @@ class Settings:
     measured_steps: int = 12
     judged: int = 40
     refit: int = 0
-    refit_rate: float = 0.03
+    refit_rate: float = 0.01
 
 
 BUDGETS: Mapping[str, Settings] = MappingProxyType(
@@ -174,7 +174,8 @@ class _Run:
         references = options.references * (guided if pictures else 2 * options.sampler_steps)
         validation = options.references * guided if pictures else options.judged
         measured = options.heldout * options.measured_steps * (4 + min(self.task.words, len(self.task.pool)))
-        trained = 3 * options.batch * (options.steps + options.refit) + math.ceil(options.steps / options.every) * validation
+        trained = 3 * options.batch * (options.steps + options.refit)
+        trained += (math.ceil(options.steps / options.every) + (options.refit > 0)) * validation
         return options.pictures * guided + references + trained + measured
 
     def run(self) -> Decomposition:
@@ -195,7 +196,7 @@ class _Run:
             if self.step % options.every == 0 or self.step == options.steps:
                 with torch.no_grad():
                     alpha = self.network(features).cpu()
-                score = self._validate(top_k(alpha, options.kept))
+                score = self._validate(self.mixture.encode(top_k(alpha, options.kept)[None]))
                 if score > max(self.scores, default=-math.inf):
                     self.best = alpha
                 self.scores.append(score)
@@ -325,9 +326,8 @@ class _Run:
         return gradients
 
     @torch.no_grad()
-    def _validate(self, alpha: Tensor) -> float:
-        """How near the words come to the concept: mean cosine of same-seed pictures, or R2."""
-        conditioning = self.mixture.encode(alpha[None])
+    def _validate(self, conditioning: Conditioning) -> float:
+        """How near words come to the concept: mean cosine of same-seed images, or R2."""
         if isinstance(self.references, States):
             score = explained(distances(self.model, self.references, conditioning), self.references)
             self.tally.report({"r2": score})
@@ -342,14 +342,18 @@ class _Run:
     def _result(self) -> Decomposition:
         options, task = self.options, self.task
         chosen, alpha = _sorted(self.mixture, top_k(self.best, task.words))
+        best = max(range(len(self.scores)), key=self.scores.__getitem__)
+        score, when = self.scores[best], f"at step {min((best + 1) * options.every, options.steps)}"
         if options.refit:
-            chosen, alpha = _sorted(chosen, self._refitted(chosen, alpha))
+            fitted = self._refitted(chosen, alpha)
+            again = self._validate(chosen.encode(fitted[None]))
+            if again > score:
+                score, when = again, "after fitting the words left"
+                chosen, alpha = _sorted(chosen, fitted)
         states = sampled_states(task, self.heldout_seeds, options.measured_steps, options.guidance, self.tally.report)
         fidelity, importance = measure(chosen, alpha, states, self.tally.report)
         whole = explained(distances(self.model, states, self.mixture.encode(self.best[None])), states)
-        best = max(range(len(self.scores)), key=self.scores.__getitem__)
         how = "picture similarity by the image scorer" if task.select == "scorer" else "R2, not by the published picture similarity"
-        step = min((best + 1) * options.every, options.steps)
         self.tally.finish({"r2": fidelity.heldout})
         return Decomposition(
             concept=task.name,
@@ -371,7 +375,7 @@ class _Run:
             evals=self.tally.evals,
             calls=self.tally.calls,
             model=self.model.name,
-            selected=f"{how}: {self.scores[best]:.3f} at step {step}, the best of {len(self.scores)} validations",
+            selected=f"{how}: {score:.3f} {when}, the best of {len(self.scores) + (options.refit > 0)} validations",
         )
 
     def _key(self) -> str:
