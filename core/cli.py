@@ -355,18 +355,20 @@ def bench_decompose(
     json_: JsonOption,
     profile: ProfileOption = "quick",
     model: DemoOption = "demo",
-    methods: Annotated[str, typer.Option(help="Which methods, separated by commas.")] = "distilled,text,conceptor",
+    methods: Annotated[str, typer.Option(help="Which methods, separated by commas; docs/bench.md names those of the ablation.")] = (
+        "distilled,text,conceptor,conceptor-tuned"
+    ),
     processes: ProcessesOption = None,
     parts: PartsOption = None,
     shard: ShardOption = "1/1",
     ship: ShipOption = False,
 ) -> None:
     """Measure decompositions where the answer is known: planted mixtures, and the composite words of the demo's worlds."""
-    from .bench.decompose import METHODS, DecomposeSuite
+    from .bench.decompose import ABLATIONS, METHODS, DecomposeSuite
     from .hosts.diffusers import DEMO, DEMOS
 
     second = "demo-second" if (DEMO / DEMOS["demo-second"]).is_file() else None
-    _bench(DecomposeSuite(profile, model, second, _among(METHODS, methods)), json_, parts, processes, ship, shard)
+    _bench(DecomposeSuite(profile, model, second, _among((*METHODS, *ABLATIONS), methods)), json_, parts, processes, ship, shard)
 
 
 def _among(known: Sequence[str], asked: str) -> tuple[str, ...]:

@@ -214,6 +214,8 @@ class Model:
     meter: Meter = field(default_factory=Meter)
     cross_attention: CrossAttention | None = None
     """Access to the weights that read the text; None where a host has none to give."""
+    predicts_velocity: bool = False
+    """Whether the network was trained to predict velocity, not noise: for methods that train on the same target."""
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """The prompts encoded, counted."""

@@ -93,6 +93,7 @@ def graph_model(
             scorer=scorer,
             before_call=management.throw_exception_if_processing_interrupted,
             words=getattr(text.cond_stage_model, "trained_words", None),
+            predicts_velocity=isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION),
         )
 
 

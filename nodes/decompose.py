@@ -394,8 +394,8 @@ def chart(found: Decomposition) -> Tensor:
         if found.fidelity is None
         else f"the words explain {found.r2:.0%} of what the concept changes"
     )
-    picture = share_bars(found.words, found.shares, found.importance, found.fillers, title=found.concept, subtitle=f"“{prompt}”: {measured}")
-    return image(picture)
+    bars = (found.words, found.shares, found.importance, found.fillers)
+    return image(share_bars(*bars, title=found.concept, subtitle=f"“{prompt}”: {measured}"))
 
 
 def image(picture: Any) -> Tensor:

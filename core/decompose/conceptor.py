@@ -1,45 +1,78 @@
-"""Conceptor: weights as a small network's function of the word embeddings, trained to denoise sampled pictures of the concept.
+"""Conceptor: weights as a small network's function of the word embeddings, trained to denoise generated images of the concept.
 
 Source: Chefer et al., "The Hidden Language of Diffusion Models", ICLR 2024 (arXiv 2306.00966), with the settings of the released code.
-Kept: the network, both losses, the optimiser, the numbers, and the choice among ten validations by picture similarity. Not kept, because
-they are slips of that code: validation scores the very vector that is trained (normalised) on the sampler that made the references;
-every random number comes from the seed; words are embedded without their end marker; any width and number of text encoders works; and
-pictures are encoded once.
+As there: the network, both losses, the optimiser, all numbers, images re-encoded from 8 bits and mirrored, the target that the model
+itself was trained on (noise or velocity), the dictionary's filter with its 27 prompts, and the choice among ten validations by image
+similarity.
+
+What differs, and why:
+
+- The words to choose from are the caller's (by default the 1,000 nearest to the concept); the filter by image similarity works on
+  those, and only where they are more than 5,000. Encoding the whole vocabulary in 27 prompts takes longer than the training.
+- The result holds as many words as were asked for, where the published one holds 50 (ask for 50 to get it).
+- The validated vector is the trained one, rescaled as in training: the released code validates it unscaled.
+- Training and validation images come from one sampler (DPM++ 2M): the released code compares images of two samplers pair by pair.
+- Every random number comes from the seed: the released training is unseeded.
+- Words are encoded as text, without their end-of-word marker, which the released filter leaves in.
+- Images are encoded once, to the mode of the posterior: the autoencoder's interface offers no samples, whose spread is far below the
+  noise that is added. Minibatches are sampled with replacement: 3,000 of 10,000 repeats of 100 images are nearly that.
+- Any width and number of text encoders works: the released network is 1024 wide.
+- Without an autoencoder (selection by R2) the sampled latents are trained on as they are, and flipped instead of the images.
+
+``Settings.refit`` is not part of the published method: the words that are left are fitted once more, by the same loss and validation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, linear
+from torch.nn.functional import cosine_similarity, linear, normalize
 
 from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
 from ..model import Conditioning, NonFinite, OutOfMemory, UnsupportedModel
-from ..sampling import initial_noise, sample, schedule
+from ..sampling import draw, initial_noise, sample, schedule
 from .fidelity import explained, measure, picture_seeds, sampled_states
-from .mixture import Mixture
+from .mixture import Mixture, SimplexDescent, top_k
 from .result import Decomposition, mix
 from .states import States, distances
 from .task import Tally, Task
 
-_CHECKPOINT = "conceptkit-conceptor-run"
+_CHECKPOINT, _VERSION = "conceptkit-conceptor-run", 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its running means
+_AT_ONCE = 10
+"""Images in memory at once, as published."""
+
+PROMPTS = (
+    *("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}"),
+    *("the photo of a {}", "a photo of a clean {}", "a photo of a dirty {}"),
+    *("a dark photo of the {}", "a photo of my {}", "a photo of the cool {}"),
+    *("a close-up photo of a {}", "a bright photo of the {}", "a cropped photo of a {}"),
+    *("a photo of the {}", "a good photo of the {}", "a photo of one {}"),
+    *("a close-up photo of the {}", "a rendition of the {}", "a photo of the clean {}"),
+    *("a rendition of a {}", "a photo of a nice {}", "a good photo of a {}"),
+    *("a photo of the nice {}", "a photo of the small {}", "a photo of the weird {}"),
+    *("a photo of the large {}", "a photo of a cool {}", "a photo of a small {}"),
+)
+"""The 27 prompts that the released filter averages a word's text embedding over."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """The published numbers.
 
-    pictures, references: sampled to train on and to compare with, in ``sampler_steps`` steps at ``guidance``. steps, batch, rate: of the
+    pictures, references: images to train on and to compare with, in ``sampler_steps`` steps at ``guidance``. steps, batch, rate: of the
     training; hidden: the network's width; sparsity: the weight of its second loss; kept: how many words make the explanation while
-    training; every: steps between validations. dictionary: words left by the picture filter, where a scorer and more words are there.
-    heldout, measured_steps: pictures and steps that the result is measured on. judged: reference states for validations by R2.
+    training; every: steps between validations. dictionary: words left by the image filter, where a scorer and more words are there.
+    heldout, measured_steps: images and steps that the result is measured on. judged: reference states for validations by R2.
+    refit, refit_rate: steps of the same batch, and their rate, in which the weights of the words left at the end are fitted alone. They
+    are taken where one more validation finds them the best of all. 0 leaves the weights as they are, as published.
     """
 
     pictures: int = 100
@@ -57,6 +90,8 @@ class Settings:
     heldout: int = 2
     measured_steps: int = 12
     judged: int = 40
+    refit: int = 0
+    refit_rate: float = 0.01
 
 
 BUDGETS: Mapping[str, Settings] = MappingProxyType(
@@ -115,6 +150,7 @@ class _Run:
 
     mixture: Mixture
     latents: Tensor
+    seen: Tensor
     references: Tensor | States
     best: Tensor
     step: int = 0
@@ -138,7 +174,8 @@ class _Run:
         references = options.references * (guided if pictures else 2 * options.sampler_steps)
         validation = options.references * guided if pictures else options.judged
         measured = options.heldout * options.measured_steps * (4 + min(self.task.words, len(self.task.pool)))
-        trained = 3 * options.batch * options.steps + math.ceil(options.steps / options.every) * validation
+        trained = 3 * options.batch * (options.steps + options.refit)
+        trained += (math.ceil(options.steps / options.every) + (options.refit > 0)) * validation
         return options.pictures * guided + references + trained + measured
 
     def run(self) -> Decomposition:
@@ -146,7 +183,8 @@ class _Run:
         if task.checkpoint is not None and task.checkpoint.exists():
             self._resume(task.checkpoint)
         else:
-            self.latents, self.references = self._pictures(), self._compared_with()
+            self.latents, self.seen = self._pictures()
+            self.references = self._compared_with()
             self.best = torch.zeros(0)
         self.mixture = self._filtered(Mixture.of(self.model, task.template, task.pool))
         features = torch.cat([rows.float().to(self.device) for rows in self.mixture.embeddings.values()], dim=1)
@@ -158,113 +196,143 @@ class _Run:
             if self.step % options.every == 0 or self.step == options.steps:
                 with torch.no_grad():
                     alpha = self.network(features).cpu()
-                score = self._validate(strongest(alpha, options.kept))
+                score = self._validate(self.mixture.encode(top_k(alpha, options.kept)[None]))
                 if score > max(self.scores, default=-math.inf):
                     self.best = alpha
                 self.scores.append(score)
+        if options.refit:
+            self._save()
         found = self._result()
         if task.checkpoint is not None:
             discard(task.checkpoint)
         return found
 
-    def _sampled(self, conditioning: Conditioning, seeds: list[int], at_once: int = 10) -> Tensor:
-        """Latents (len(seeds), channels, h, w), CPU, of pictures sampled under a batch-1 conditioning."""
-        task, denoiser = self.task, self.model.denoiser
-        sigmas = schedule(denoiser, self.options.sampler_steps)
-        found = []
-        for start in range(0, len(seeds), at_once):
-            noise = initial_noise(seeds[start : start + at_once], denoiser.latent_channels, task.height, task.width)
-            with torch.no_grad():
-                latents = sample(
-                    self.model,
-                    conditioning,
-                    task.empty,
-                    noise,
-                    sigmas,
-                    guidance=self.options.guidance,
-                    on_step=lambda step, total, metrics: self.tally.report(),
-                )
-            found.append(latents.cpu())
-        return torch.cat(found)
+    @torch.no_grad()
+    def _drawn(self, conditioning: Conditioning, seeds: Sequence[int]) -> Iterator[Tensor]:
+        """Images (at most 10, 3, height, width) in [0, 1] as 8-bit files hold them, CPU, under a batch-1 conditioning."""
+        task, side = self.task, self.model.denoiser.downscale
+        for start in range(0, len(seeds), _AT_ONCE):
+            images = draw(
+                self.model,
+                conditioning,
+                task.empty,
+                seeds[start : start + _AT_ONCE],
+                height=task.height * side,
+                width=task.width * side,
+                steps=self.options.sampler_steps,
+                guidance=self.options.guidance,
+                on_step=self._told,
+            )
+            yield (images * 255).round() / 255
+
+    def _told(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        self.tally.report()
 
     @torch.no_grad()
-    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
-        """Pictures (1, 3, height, width) in [0, 1], one by one."""
-        assert self.model.autoencoder is not None
-        for row in latents:
-            yield self.model.autoencoder.decode(row[None].to(self.device)).clamp(0, 1)
-
-    @torch.no_grad()
-    def _embedded(self, latents: Tensor) -> Tensor:
-        """Unit vectors (n, width), CPU, of decoded pictures."""
+    def _embedded(self, images: Iterable[Tensor]) -> Tensor:
+        """Unit vectors (n, width), CPU, of batches of images."""
         assert self.model.scorer is not None
-        return torch.cat([self.model.scorer.embed_pictures(picture).float().cpu() for picture in self._decoded(latents)])
+        return torch.cat([self.model.scorer.embed_pictures(batch.to(self.device)).float().cpu() for batch in images])
 
     @torch.no_grad()
-    def _pictures(self) -> Tensor:
-        """Latents to train on, then of their mirror images, (2 * pictures, channels, h, w), CPU."""
-        latents = self._sampled(self.task.teacher, self.seeds)
-        if self.model.autoencoder is None:
-            return torch.cat([latents, latents.flip(-1)])
-        mirrored = [self.model.autoencoder.encode(picture.flip(-1)).float().cpu() for picture in self._decoded(latents)]
-        return torch.cat([latents, *mirrored])
+    def _pictures(self) -> tuple[Tensor, Tensor]:
+        """Latents to train on, then of their mirror images, (2 * pictures, channels, h, w), and the images' mean embedding (width,), CPU.
+
+        Without an autoencoder, flipped latents; without a scorer, no embedding: (0,).
+        """
+        task, options, (autoencoder, scorer) = self.task, self.options, (self.model.autoencoder, self.model.scorer)
+        if autoencoder is None:
+            noise = initial_noise(self.seeds, self.model.denoiser.latent_channels, task.height, task.width)
+            levels, guidance = schedule(self.model.denoiser, options.sampler_steps), options.guidance
+            parts = noise.split(_AT_ONCE)
+            sampled = [sample(self.model, task.teacher, task.empty, part, levels, guidance=guidance, on_step=self._told) for part in parts]
+            latents = torch.cat(sampled).cpu()
+            return torch.cat([latents, latents.flip(-1)]), torch.zeros(0)
+        found: tuple[list[Tensor], list[Tensor]] = [], []
+        seen = []
+        for images in self._drawn(task.teacher, self.seeds):
+            for rows, batch in zip(found, (images, images.flip(-1)), strict=True):
+                rows += [autoencoder.encode(image[None].to(self.device)).float().cpu() for image in batch]
+            if scorer is not None:
+                seen.append(self._embedded([images]))
+        return torch.cat([*found[0], *found[1]]), torch.cat(seen).mean(0) if seen else torch.zeros(0)
 
     def _compared_with(self) -> Tensor | States:
         """What validations compare with: embeddings of the concept's own pictures, or states of their sampling."""
         options = self.options
         if self.task.select == "scorer":
-            return self._embedded(self._sampled(self.task.teacher, self.reference_seeds))
+            return self._embedded(self._drawn(self.task.teacher, self.reference_seeds))
         states = sampled_states(self.task, self.reference_seeds, options.sampler_steps, options.guidance, self.tally.report)
         chosen = torch.linspace(0, len(states) - 1, min(options.judged, len(states))).round().long()
         return states[chosen.to(states.x.device)]
 
     @torch.no_grad()
     def _filtered(self, mixture: Mixture) -> Mixture:
-        """The words whose texts are nearest to the mean training picture, where there are more than ``dictionary`` and a scorer."""
+        """The words whose texts are nearest to the mean training image, where there are more than ``dictionary`` and a scorer."""
         scorer, count = self.model.scorer, self.options.dictionary
-        if len(mixture) <= count or scorer is None or self.model.autoencoder is None:
+        if len(mixture) <= count or scorer is None or not len(self.seen):
             return mixture
-        mean = self._embedded(self.latents[: self.options.pictures]).mean(0)
-        texts = [self.task.template.replace("{}", word) for word in mixture.words]
-        cosines = torch.cat([scorer.embed_texts(texts[i : i + 64]).float().cpu() @ mean for i in range(0, len(texts), 64)])
-        return mixture.choose(cosines.topk(count).indices.sort().values)
+        cosines = []
+        for start in range(0, len(mixture), 64):
+            words = mixture.words[start : start + 64]
+            texts = torch.stack([scorer.embed_texts([prompt.replace("{}", word) for word in words]).float().cpu() for prompt in PROMPTS])
+            cosines.append(normalize(texts.mean(0), dim=1) @ self.seen)
+        return mixture.choose(torch.cat(cosines).topk(count).indices.sort().values)
 
     def _train(self, features: Tensor) -> None:
-        """One step on the noise target, plus sparsity * (1 - cos(w*, w*_N)), w* being the sum of the ``kept`` strongest words alone."""
-        options, training_sigmas = self.options, self.model.denoiser.training_sigmas
-        x0 = self.latents[torch.randint(len(self.latents), (options.batch,), generator=self.generator)]
-        sigma = training_sigmas[torch.randint(len(training_sigmas), (options.batch,), generator=self.generator)].to(self.device)
-        noise = torch.randn(x0.shape, generator=self.generator).to(self.device)
-        spread = sigma.view(-1, 1, 1, 1)
-        x = x0.to(self.device) + spread * noise
-        try:
-            with torch.enable_grad():
-                alpha = self.network(features)
-                predicted = (x - self.model.denoise(x, sigma, self.mixture.encode(alpha[None]))) / spread
-                whole, top = (
-                    mix(self.mixture.embeddings, self.mixture.norms, weights[None]) for weights in (alpha, strongest(alpha, options.kept))
-                )
-                alike = torch.stack([cosine_similarity(whole[name].flatten(), top[name].flatten(), dim=0).cpu() for name in whole]).mean()
-                loss = (predicted - noise).square().mean() + options.sparsity * (1 - alike).to(self.device)
-            gradients = torch.autograd.grad(loss, self.network.parameters)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"training on {options.batch} pictures at once does not fit in memory: use smaller pictures, or free memory first"
-            ) from error
-        for parameter, gradient in zip(self.network.parameters, gradients, strict=True):
+        """One step on the model's own target plus sparsity * (1 - cos(w*, w*_N)), w* summing the ``kept`` strongest words alone."""
+        options = self.options
+
+        def loss() -> Tensor:
+            alpha = self.network(features)
+            whole, top = (
+                mix(self.mixture.embeddings, self.mixture.norms, weights[None]) for weights in (alpha, top_k(alpha, options.kept))
+            )
+            alike = torch.stack([cosine_similarity(whole[name].flatten(), top[name].flatten(), dim=0).cpu() for name in whole]).mean()
+            return self._reconstruction(self.mixture, alpha) + options.sparsity * (1 - alike).to(self.device)
+
+        for parameter, gradient in zip(self.network.parameters, self._gradients(loss, self.network.parameters), strict=True):
             parameter.grad = gradient
         self.optimizer.step()
-        self.tally.report({"loss": float(loss.detach())})
+
+    def _refitted(self, mixture: Mixture, alpha: Tensor) -> Tensor:
+        """alpha (words,) after ``refit`` steps of descent on the model's own target, without the network."""
+        descent = SimplexDescent(alpha, self.options.refit, self.options.refit_rate)
+        for _ in range(self.options.refit):
+            weights = descent.alpha.requires_grad_()
+            descent.step(self._gradients(partial(self._reconstruction, mixture, weights), [weights])[0])
+        return descent.alpha.detach()
+
+    def _reconstruction(self, mixture: Mixture, alpha: Tensor) -> Tensor:
+        """What ``alpha`` misses of a fresh minibatch: images, noise levels and noise from the generator."""
+        denoiser, batch = self.model.denoiser, self.options.batch
+        x0 = self.latents[torch.randint(len(self.latents), (batch,), generator=self.generator)]
+        sigma = denoiser.training_sigmas[torch.randint(len(denoiser.training_sigmas), (batch,), generator=self.generator)]
+        noise = torch.randn(x0.shape, generator=self.generator)
+        x0, sigma, noise = (tensor.to(self.device) for tensor in (x0, sigma, noise))
+        denoised = self.model.denoise(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, mixture.encode(alpha[None]))
+        return target_loss(denoised, x0, sigma, velocity=self.model.predicts_velocity)
+
+    def _gradients(self, loss: Callable[[], Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        try:
+            with torch.enable_grad():
+                value = loss()
+            gradients = torch.autograd.grad(value, inputs)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"training on {self.options.batch} images at once does not fit in memory: use a smaller size, or free memory first"
+            ) from error
+        self.tally.report({"loss": float(value.detach())})
+        return gradients
 
     @torch.no_grad()
-    def _validate(self, alpha: Tensor) -> float:
-        """How near the words come to the concept: mean cosine of same-seed pictures, or R2."""
-        conditioning = self.mixture.encode(alpha[None])
+    def _validate(self, conditioning: Conditioning) -> float:
+        """How near words come to the concept: mean cosine of same-seed images, or R2."""
         if isinstance(self.references, States):
             score = explained(distances(self.model, self.references, conditioning), self.references)
             self.tally.report({"r2": score})
         else:
-            score = float((self._embedded(self._sampled(conditioning, self.reference_seeds)) * self.references).sum(1).mean())
+            score = float((self._embedded(self._drawn(conditioning, self.reference_seeds)) * self.references).sum(1).mean())
             self.tally.report({"similarity": score})
         if not math.isfinite(score):
             raise NonFinite("a validation is NaN or infinite: check the autoencoder, the scorer and their precision")
@@ -273,15 +341,19 @@ class _Run:
     @torch.no_grad()
     def _result(self) -> Decomposition:
         options, task = self.options, self.task
-        alpha = strongest(self.best, task.words)
-        order = alpha.argsort(descending=True, stable=True)[: int((alpha > 0).sum())]
-        chosen, alpha = self.mixture.choose(order), alpha[order]
+        chosen, alpha = _sorted(self.mixture, top_k(self.best, task.words))
+        best = max(range(len(self.scores)), key=self.scores.__getitem__)
+        score, when = self.scores[best], f"at step {min((best + 1) * options.every, options.steps)}"
+        if options.refit:
+            fitted = self._refitted(chosen, alpha)
+            again = self._validate(chosen.encode(fitted[None]))
+            if again > score:
+                score, when = again, "after fitting the words left"
+                chosen, alpha = _sorted(chosen, fitted)
         states = sampled_states(task, self.heldout_seeds, options.measured_steps, options.guidance, self.tally.report)
         fidelity, importance = measure(chosen, alpha, states, self.tally.report)
         whole = explained(distances(self.model, states, self.mixture.encode(self.best[None])), states)
-        best = max(range(len(self.scores)), key=self.scores.__getitem__)
         how = "picture similarity by the image scorer" if task.select == "scorer" else "R2, not by the published picture similarity"
-        step = min((best + 1) * options.every, options.steps)
         self.tally.finish({"r2": fidelity.heldout})
         return Decomposition(
             concept=task.name,
@@ -303,7 +375,7 @@ class _Run:
             evals=self.tally.evals,
             calls=self.tally.calls,
             model=self.model.name,
-            selected=f"{how}: {self.scores[best]:.3f} at step {step}, the best of {len(self.scores)} validations",
+            selected=f"{how}: {score:.3f} {when}, the best of {len(self.scores) + (options.refit > 0)} validations",
         )
 
     def _key(self) -> str:
@@ -324,23 +396,23 @@ class _Run:
         if self.task.checkpoint is None:
             return
         against = vars(self.references) if isinstance(self.references, States) else {"pictures": self.references}
-        tensors = {"latents": self.latents, "best": self.best, "generator": self.generator.get_state()}
+        tensors = {"latents": self.latents, "seen": self.seen, "best": self.best, "generator": self.generator.get_state()}
         tensors |= {f"references.{name}": tensor for name, tensor in against.items()}
         for index, parameter in enumerate(self.network.parameters):
             state = self.optimizer.state[parameter]
             tensors[f"network.{index}"] = parameter
             tensors |= {f"{name}.{index}": state.get(name, torch.zeros_like(parameter)) for name in _MOMENTS}
         header = {"step": self.step, "scores": self.scores, "evals": self.tally.evals, "calls": self.tally.calls}
-        identity = {"format": _CHECKPOINT, "version": 1, "key": self._key()}
+        identity = {"format": _CHECKPOINT, "version": _VERSION, "key": self._key()}
         write_spare(self.task.checkpoint, tensors, {**header, **identity})
 
     def _resume(self, path: Path) -> None:
         """Continue where ``path`` says a run stopped. Raises ArtifactError when it cannot be read or is another run's."""
-        tensors, header = read(path, _CHECKPOINT, 1, self._layout)
+        tensors, header = read(path, _CHECKPOINT, _VERSION, self._layout)
         if header["key"] != self._key():
             raise ArtifactError(f"{path} belongs to a run with other inputs: delete it, or give this run another checkpoint")
         self.step, self.scores = int(header["step"]), [float(score) for score in header["scores"]]
-        self.latents, self.best = tensors["latents"], tensors["best"]
+        self.latents, self.seen, self.best = tensors["latents"], tensors["seen"], tensors["best"]
         self.generator.set_state(tensors["generator"])
         against = {name.removeprefix("references."): t for name, t in tensors.items() if name.startswith("references.")}
         pictures = against.get("pictures")
@@ -354,7 +426,7 @@ class _Run:
     def _layout(self, header: Header) -> dict[str, Spec]:
         cells = (None, self.task.height, self.task.width)
         real, rows = torch.float32, 2 * self.options.pictures
-        found: dict[str, Spec] = {"latents": (real, (rows, *cells)), "best": (real, (None,))}
+        found: dict[str, Spec] = {"latents": (real, (rows, *cells)), "seen": (real, (None,)), "best": (real, (None,))}
         found["generator"] = (torch.uint8, tuple(self.generator.get_state().shape))
         for index, parameter in enumerate(self.network.parameters):
             found |= {f"{name}.{index}": (real, tuple(parameter.shape)) for name in ("network", *_MOMENTS)}
@@ -364,8 +436,17 @@ class _Run:
         return found | states | {"references.sigma": (real, (None,)), "references.picture": (torch.int64, (None,))}
 
 
-def strongest(alpha: Tensor, count: int) -> Tensor:
-    """alpha without all but its largest ``count`` entries, summing to 1; differentiable."""
-    kept = torch.zeros_like(alpha)
-    kept[alpha.detach().topk(min(count, len(alpha))).indices] = 1
-    return alpha * kept / (alpha * kept).sum()
+def target_loss(denoised: Tensor, x0: Tensor, sigma: Tensor, *, velocity: bool) -> Tensor:
+    """Mean squared error of the network's own output, from its estimate of x0 (batch, ...) at sigma (batch,).
+
+    The noise is missed by (x0 - denoised) / sigma, the velocity (Salimans and Ho, arXiv 2202.00512) by sqrt(1 + sigma^2) times that.
+    """
+    scale = sigma.view(-1, *[1] * (x0.ndim - 1))
+    missed = ((x0 - denoised) / scale).square()
+    return (missed * (1 + scale.square()) if velocity else missed).mean()
+
+
+def _sorted(mixture: Mixture, alpha: Tensor) -> tuple[Mixture, Tensor]:
+    """The words that carry weight, the strongest first."""
+    order = alpha.argsort(descending=True, stable=True)[: int((alpha > 0).sum())]
+    return mixture.choose(order), alpha[order]

@@ -324,7 +324,7 @@ class _Fit:
     def _refine(self, fitted: States, judged: _Sample, alpha: Tensor, r2: float, bump: float = 0.1) -> tuple[Tensor, float]:
         """A Gauss-Newton step on the weights of the words in ``alpha``, with secants of the model as Jacobian and a line search."""
         support = alpha.nonzero()[:, 0]
-        if len(support) < 2:
+        if len(support) < 2 or not self.options.refined:
             return alpha, r2
         sample = self._draw(fitted, self.options.refined, self._generator(100 + len(self.progress.alphas)))
         states, scale = sample.states, (sample.weights.sqrt() / sample.states.sigma).view(-1, 1, 1, 1)

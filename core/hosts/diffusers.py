@@ -437,7 +437,15 @@ def _assemble(
         autoencoder = DiffusersAutoencoder(_frozen(vae, device, torch.float32 if vae.config.force_upcast else dtype))
     denoiser = DiffusersDenoiser(_frozen(unet, device, dtype), sigmas, v_prediction=v_prediction, downscale=downscale)
     attention = DiffusersCrossAttention(unet)
-    return Model(family, name, DiffusersText(tokenizer, encoders), denoiser, autoencoder, cross_attention=attention)
+    return Model(
+        family,
+        name,
+        DiffusersText(tokenizer, encoders),
+        denoiser,
+        autoencoder,
+        cross_attention=attention,
+        predicts_velocity=v_prediction,
+    )
 
 
 def _check_unet(config: Mapping[str, Any], name: str) -> None:

@@ -107,6 +107,7 @@ def test_the_host_sees_the_graph_as_it_is_wired(comfy, lora, kind, guidance):
     assert result["conditioning"] < 1e-5
     assert result["calls"] == 4
     assert result["evals"] == 4 * (1 if guidance == 1 else 2)
+    assert result["velocity"] is (kind == "v")
 
 
 def test_the_wirings_differ(comfy, lora):

@@ -13,7 +13,7 @@ import torch
 from conceptkit.core import decompose, score
 from conceptkit.core.bench import decompose as suite_module
 from conceptkit.core.bench import frame, planted
-from conceptkit.core.bench.decompose import COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row
+from conceptkit.core.bench.decompose import BASELINES, COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row
 from conceptkit.core.bench.frame import Bar, Job
 from conceptkit.core.decompose import Decomposition
 from conceptkit.core.demo.world import second_world, shapes_world
@@ -243,17 +243,58 @@ def test_bars_are_judged_where_the_oracle_reaches_them() -> None:
     assert judged.met is True and "2 of 3 words; not judged: joy" in judged.value
     assert next(bar for name, bar in bars.items() if "tv at most" in name).met is True
     assert bars["planted, every draw within 1,500 evals"].met is False
-    better = bars["planted, better recall than conceptor"]
-    assert better.met is True and "same 1 draws" in better.value
+    better = bars["planted, better recall than conceptor, published or tuned"]
+    assert better.met is True and "0.50 (conceptor) on the same 1 draws" in better.value
     assert bars["at most 1/20 of the evals conceptor was published with"].met is True
     assert bars["peak memory at most 1 GiB"].met is None
+
+
+def test_the_stronger_baseline_is_the_one_to_beat() -> None:
+    """In each figure by itself, over the draws that both sides have."""
+    rows = [row_of("distilled", "planted", planted_row([draw(0, hits=1), draw(1), draw(2)]))]
+    rows += [row_of("conceptor", "planted", planted_row([draw(0, hits=2, r2=-1.0), draw(1, hits=2, r2=0.1)]))]
+    rows += [row_of("conceptor-tuned", "planted", planted_row([draw(1, hits=0, r2=0.95), draw(7, r2=-9.0)]))]
+    bars = {bar.bar: bar for bar in DecomposeSuite().bars(rows)}
+    recall = bars["planted, better recall than conceptor, published or tuned"]
+    assert recall.met is False and recall.value == "0.75 against 1.00 (conceptor) on the same 2 draws"
+    r2 = bars["planted, better held-out R2 than conceptor, published or tuned"]
+    assert r2.met is False and r2.value == "0.90 against 0.95 (conceptor-tuned) on the same 1 draws"
+    alone = [bar for bar in DecomposeSuite().bars(rows[:1]) if "conceptor" in bar.bar]
+    assert alone == []
+
+
+def test_baselines_are_called_as_published_and_as_tuned_at_the_same_evals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both rows run the one method: what differs is in the job, so that its hash follows; neither is planned to spend more."""
+    called: list[dict[str, Any]] = []
+
+    def recorded(*given: Any, **options: Any) -> Decomposition:
+        called.append(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(decompose, "decompose_concept", recorded)
+    suite = DecomposeSuite(methods=BASELINES)
+    for set_ in ("planted", "natural"):
+        jobs = {
+            method: next(job for job in suite.jobs() if (job.arguments.get("method"), job.arguments.get("set_")) == (method, set_))
+            for method in BASELINES
+        }
+        for method, job in jobs.items():
+            with pytest.raises(InterruptedError):
+                job.measure(**job.arguments)
+            settings = called[-1]["settings"]
+            assert called[-1]["method"] == "conceptor" and settings["sampler_steps"] == 12
+            assert (method == "conceptor") is (set(settings) == {"sampler_steps"})
+            assert job.baseline and job.isolated
+        published, tuned = called[-2:]
+        assert published["words"] == 50 and tuned["words"] == (6 if set_ == "planted" else 5)
+        assert jobs["conceptor-tuned"].evals <= jobs["conceptor"].evals
 
 
 def test_quick_fits_and_never_drops_the_default_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(frame, "DATA", tmp_path)
     plan = frame.plan(DecomposeSuite(), None)
     assert plan.evals <= 150_000 == SIZES["quick"].limit
-    assert {job.arguments.get("method") for job in plan.dropped} <= {None, "conceptor"}
+    assert {job.arguments.get("method") for job in plan.dropped} <= {None, *BASELINES}
     assert all(job.baseline for job in plan.dropped)
     assert {job.measure.__name__ for job in plan.fresh} >= {"measure_planted", "measure_natural", "measure_concept"}
     assert frame.plan(DecomposeSuite("full"), None).dropped == ()

@@ -169,6 +169,7 @@ def test_is_what_methods_expect(model: Model, family: str) -> None:
     assert model.family == family
     assert isinstance(model.text, TextEncoder) and isinstance(model.denoiser, Denoiser) and isinstance(model.autoencoder, Autoencoder)
     assert set(model.text.tables) == {"sd1": {"l"}, "sd2": {"h"}, "sdxl": {"l", "g"}}[family]
+    assert model.predicts_velocity is (family == "sd2")
     assert model.denoiser.downscale == 8 and model.denoiser.latent_channels == 4
     sigmas = model.denoiser.training_sigmas
     assert sigmas.shape == (1000,) and sigmas.dtype == torch.float32 and bool((sigmas.diff() > 0).all())

@@ -11,10 +11,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conceptkit.core.artifact import ArtifactError
-from conceptkit.core.decompose import METHODS, Decomposition, decompose_concept
+from conceptkit.core.artifact import ArtifactError, write
+from conceptkit.core.decompose import METHODS, Decomposition, conceptor, decompose_concept
 from conceptkit.core.decompose.clusters import clusters
-from conceptkit.core.decompose.conceptor import BUDGETS, Network, strongest
+from conceptkit.core.decompose.conceptor import BUDGETS, PROMPTS, Network, target_loss
+from conceptkit.core.decompose.mixture import top_k
 from conceptkit.core.decompose.task import Task
 from conceptkit.core.decompose.text import text_code
 from conceptkit.core.hosts.diffusers import load_model
@@ -348,6 +349,7 @@ def test_conceptor_spends_the_published_budget() -> None:
     validation = options.steps // options.every * options.references * guided
     assert (options.pictures * guided, options.references * guided, training, validation) == (10_000, 2_000, 9_000, 20_000)
     assert (options.rate, options.sparsity, options.hidden, options.kept, options.guidance) == (1e-3, 1e-3, 100, 50, 7.5)
+    assert options.refit == 0
 
 
 def test_conceptor_counts_pictures_training_and_validations() -> None:
@@ -385,6 +387,9 @@ def test_conceptor_resumes_with_either_selection_and_refuses_another_run_s_check
     path.write_bytes(b"nothing of the sort")
     with pytest.raises(ArtifactError, match="damaged"):
         take_apart(world(), "conceptor", checkpoint=path)
+    write(path, {"latents": torch.zeros(1)}, {"format": "conceptkit-conceptor-run", "version": 1}, overwrite=True)
+    with pytest.raises(ArtifactError, match="older than 2"):
+        take_apart(world(), "conceptor", checkpoint=path)
 
 
 def test_conceptor_learns_what_the_pictures_show() -> None:
@@ -409,15 +414,113 @@ def test_the_network_is_the_published_one() -> None:
 
 def test_the_strongest_words_keep_their_gradients() -> None:
     alpha = torch.tensor([0.1, 0.5, 0.0, 0.4], requires_grad=True)
-    kept = strongest(alpha, 2)
+    kept = top_k(alpha, 2)
     assert kept.tolist() == pytest.approx([0, 5 / 9, 0, 4 / 9])
     (gradient,) = torch.autograd.grad(kept[1], alpha)
     assert gradient.tolist() == pytest.approx([0, 0.4 / 0.81, 0, -0.5 / 0.81])
 
 
-def test_the_picture_filter_keeps_the_nearest_texts_where_there_are_too_many_words() -> None:
-    found = take_apart(world(), "conceptor", settings={**SMALL["conceptor"], "dictionary": 5})
-    assert found.candidates == 5
+def test_the_image_filter_keeps_the_nearest_texts_where_there_are_too_many_words() -> None:
+    """Texts are read in all 27 published prompts, and the five words nearest to the mean image stay: found here one by one."""
+    read: list[str] = []
+    images: list[Tensor] = []
+
+    class Recorder(Scorer):
+        def embed_pictures(self, pictures: Tensor) -> Tensor:
+            images.append(super().embed_pictures(pictures))
+            return images[-1]
+
+        def embed_texts(self, texts: Sequence[str]) -> Tensor:
+            read.extend(texts)
+            return super().embed_texts(texts)
+
+    few = {**SMALL["conceptor"], "dictionary": 5, "steps": 1, "kept": 5}
+    found = take_apart(replace(world(), scorer=Recorder()), "conceptor", settings=few, words=5)
+    assert found.candidates == 5 and len(PROMPTS) == len(set(PROMPTS)) == 27
+    assert set(read) == {prompt.replace("{}", word) for prompt in PROMPTS for word in NAMES if word != "waa"}
+    mean = images[0].mean(0)  # training images come first, four at once
+    texts = {word: Scorer().embed_texts([prompt.replace("{}", word) for prompt in PROMPTS]).mean(0) for word in NAMES if word != "waa"}
+    nearest = sorted(texts, key=lambda word: -float(normalize(texts[word], dim=0) @ mean))
+    assert set(found.words) == set(nearest[:5])
+
+
+def test_images_are_encoded_again_from_8_bits_and_mirrored() -> None:
+    encoded: list[Tensor] = []
+
+    class Recorder(Autoencoder):
+        def encode(self, pictures: Tensor) -> Tensor:
+            encoded.append(pictures)
+            return super().encode(pictures)
+
+    take_apart(replace(world(), autoencoder=Recorder()), "conceptor")
+    images = torch.cat(encoded)
+    assert len(images) == 8 and torch.allclose(images * 255, (images * 255).round(), atol=1e-4)
+    assert torch.equal(images[4:], images[:4].flip(-1)) and not torch.equal(images[4:], images[:4])
+
+
+@pytest.mark.parametrize("velocity", [False, True])
+def test_the_target_is_the_one_the_model_was_trained_on(velocity: bool) -> None:
+    """Compared with diffusers' own noise and velocity at the same timesteps."""
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    times = torch.tensor([3, 400, 990])
+    x0, noise, output = (draw(seed, 3, 2, 4, 4) for seed in (1, 2, 3))
+    kept = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+    noisy = scheduler.add_noise(x0, noise, times)
+    sigma = ((1 - kept) / kept).sqrt().flatten()
+    if velocity:
+        denoised, target = kept.sqrt() * noisy - (1 - kept).sqrt() * output, scheduler.get_velocity(x0, noise, times)
+    else:
+        denoised, target = (noisy - (1 - kept).sqrt() * output) / kept.sqrt(), noise
+    loss = target_loss(denoised, x0, sigma, velocity=velocity)
+    assert float(loss) == pytest.approx(float((output - target).square().mean()), rel=1e-4)
+
+
+def test_conceptor_trains_a_velocity_model_on_velocity(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def noted(denoised: Tensor, x0: Tensor, sigma: Tensor, *, velocity: bool) -> Tensor:
+        asked.append(velocity)
+        return target_loss(denoised, x0, sigma, velocity=velocity)
+
+    monkeypatch.setattr(conceptor, "target_loss", noted)
+    for velocity in (False, True):
+        take_apart(replace(world(), predicts_velocity=velocity), "conceptor")
+        assert set(asked) == {velocity}
+        asked.clear()
+
+
+class Symmetric(Denoiser):
+    """Of images that look alike in a mirror, as mirrored training images suppose."""
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        return (super().denoise(x, sigma, conditioning) + super().denoise(x.flip(-1), sigma, conditioning).flip(-1)) / 2
+
+
+def test_conceptor_s_words_are_fitted_again_where_that_validates_better(tmp_path: Path) -> None:
+    """The words that are left explain more once they are fitted without the network, at 3 evals a sample, and alike after a stop."""
+
+    def mirrored(before_call: Callable[[], None] = lambda: None) -> Model:
+        return replace(world(before_call=before_call), denoiser=Symmetric(8))
+
+    def found(model: Model, refit: int, checkpoint: Path | None = None) -> Decomposition:
+        options = {**SMALL["conceptor"], "guidance": 1, "pictures": 40, "sampler_steps": 8, "batch": 6, "steps": 2, "kept": 2}
+        options |= {"refit": refit, "refit_rate": 0.03, "judged": 16}
+        two = ["wab", "waf"]
+        concept = planted(model, two, [0.9, 0.1])
+        asked = {"candidates": two, "words": 2, "select": "r2", "settings": options, "checkpoint": checkpoint}
+        return take_apart(model, "conceptor", concept, **asked)
+
+    cut, fitted = found(mirrored(), 0), found(mirrored(), 60)
+    assert cut.r2 < 0.97 and fitted.r2 > 0.99 and fitted.shares[0] > cut.shares[0] + 0.2
+    assert "after fitting the words left, the best of 2 validations" in fitted.selected
+    assert fitted.evals - cut.evals == 3 * 6 * 60 + 16
+    with pytest.raises(Stop):
+        found(mirrored(interrupter(fitted.calls - 20)), 60, tmp_path / "run")
+    again = mirrored()
+    assert found(again, 60, tmp_path / "run").content_hash() == fitted.content_hash() and again.meter.calls < 80
+    # Mirrored images mislead the fit where the concept's own are not alike in a mirror.
+    misled, whole = found(world(), 60), found(world(), 0)
+    assert torch.equal(misled.alpha, whole.alpha) and "at step 2, the best of 2 validations" in misled.selected
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -147,6 +147,7 @@ def picture(pack, wired, prompt, negative, seed, steps, guidance, sampler, path)
         again = model.autoencoder.encode(pictures)
         save_file({"latents": latents, "pictures": pictures, "encoded": again, "context": positive.context, "sigmas": sigmas}, path)
         result = {"evals": model.meter.evals, "calls": model.meter.calls, "size": float(latents.abs().max())}
+        result["velocity"] = model.predicts_velocity
         if "latent" in wired:
             result["latent"] = float((wired["latent"]["samples"] - latents).abs().max())
         if "conditioning" in wired:
