@@ -480,7 +480,8 @@ def _decompose(model: Model, concept: str, out: Path, drawing: _Drawing, **optio
     seconds = time.perf_counter() - start
     explained = "R² not measured" if result.fidelity is None else f"R² {result.r2:.3f}"
     subtitle = f'"{result.template.replace("{}", concept)}", model {model.name}; {explained}'
-    chart.save(out / "chart.png", chart.share_bars(result.words, result.shares, result.importance, result.fillers, title=concept, subtitle=subtitle))
+    bars = (result.words, result.shares, result.importance, result.fillers)
+    chart.save(out / "chart.png", chart.share_bars(*bars, title=concept, subtitle=subtitle))
     (out / "decomposition.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
     result.save(out / "decomposition.safetensors", overwrite=True)
     result.save_embedding(out / f"{_file_name(concept)}-words.safetensors", overwrite=True)
