@@ -44,7 +44,7 @@ OPEN = """(async (workflow, name) => {
     const left = Math.min(...boxes.map((box) => box[0])), top = Math.min(...boxes.map((box) => box[1]));
     const right = Math.max(...boxes.map((box) => box[0] + box[2])), bottom = Math.max(...boxes.map((box) => box[1] + box[3]));
     const [width, height] = WINDOW ?? [Infinity, Infinity];
-    const scale = Math.min(1, (width - 2 * LEFT) / (right - left), (height - TOP) / (bottom - top));
+    const scale = Math.min(1, (width - 2 * LEFT) / (right - left), (height - TOP - AROUND) / (bottom - top));
     app.canvas.ds.scale = scale;
     app.canvas.ds.offset = [LEFT / scale - left, TOP / scale - top];
     app.canvas.setDirty(true, true);
@@ -150,7 +150,8 @@ def enter(page: Page, server: Comfy, vue: bool) -> None:
 
 def show(page: Page, path: Path, window: tuple[int, int] | None = None) -> None:
     """Open a workflow at 100 % in a window as large as it needs, or smaller in ``window``."""
-    opening = OPEN.replace("LEFT", str(LEFT + AROUND)).replace("TOP", str(TOP + AROUND)).replace("WINDOW", json.dumps(window))
+    opening = OPEN.replace("LEFT", str(LEFT + AROUND)).replace("TOP", str(TOP + AROUND))
+    opening = opening.replace("WINDOW", json.dumps(window)).replace("AROUND", str(AROUND))
     width, height = page.evaluate(f"{opening}({path.read_text()}, {json.dumps(path.stem)})")
     page.size(*(window or (int(width) + LEFT + 2 * AROUND, int(height) + TOP + 2 * AROUND + 200)))
     time.sleep(2)

@@ -80,5 +80,5 @@ def test_the_chart_draws_what_is_left() -> None:
 def test_any_edit_has_a_picture() -> None:
     model = load_model("demo")
     edit = solve_edit(model, ["circle"], method="uce-2025", keep=["ring"])
-    assert report_picture(edit).shape[0] > report_picture(ContextEdit.identity("sd1", edit.width)).shape[0]
-    assert report_picture(edit.scale(0.5)).shape == report_picture(ContextEdit.identity("sd1", edit.width)).shape
+    for without_report in (edit.scale(0.5), ContextEdit.identity("sd1", edit.width)):
+        assert report_picture(edit).shape[0] > report_picture(without_report).shape[0]
