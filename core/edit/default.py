@@ -21,11 +21,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..vocabulary import candidates
 from .job import Job, Solution
 from .report import Adversary, distortion, trace
-from .solve import LowRank, Problem, annihilate, minimise, response
-from .texts import TEMPLATES, Concept, Prompt, common_words, fill, mentions
+from .solve import LowRank, Problem, annihilate, minimise
+from .texts import TEMPLATES, Concept, common_words, fill, mentions
+from .words import SYNONYM, two
 
 FRAMES = (
     "a photo of a {} and a {0}",
@@ -61,8 +61,8 @@ class Settings:
     """What the method weighs. Weights are relative to one prompt's sum over positions.
 
     said, padding: of a concept's positions, from its last sub-token to the end token, and after. frames: prompts with other words.
-    looked_at: words near a concept; those at most ``synonym`` from it, as a share of what it says, go with it; one of those at least
-    ``apart`` is read in its place; the ``siblings`` next nearest stay, each with weight ``near``. keep: weight of a word to keep. ridge:
+    synonyms: whether words that say the same go with a concept. kind: whether a word of its kind is read in its place, or nothing. siblings:
+    words near a concept that stay, each with weight ``near``. keep: weight of a word to keep. ridge:
     relative to the captions' mean size. target, budget: the weight of captions is the largest, of ``least`` to ``most``, that leaves
     ``target`` of a concept, unless captions then change by more than ``budget``. derived, rounds: weight and rounds of derived columns
     (none by default). null: share of the width that the empty prompt's exact directions may take up: all there are where the text is 608
@@ -73,9 +73,8 @@ class Settings:
     said: float = 1.0
     padding: float = 0.2
     frames: int = 24
-    looked_at: int = 48
-    synonym: float = 0.33
-    apart: float = 0.75
+    synonyms: bool = True
+    kind: bool = True
     siblings: int = 24
     near: float = 0.005
     keep: float = 0.2
@@ -112,11 +111,12 @@ class _Twin:
 
 @dataclass(frozen=True)
 class _Target:
-    """A concept with what was found out about it: words that mean the same, what is read in its place, words nearby that must stay."""
+    """A concept with the words erased with it, what is read in its place, and the words that stay: its parts and holders, those nearby."""
 
     concept: Concept
     synonyms: tuple[str, ...]
     anchor: str
+    parts: tuple[str, ...]
     siblings: tuple[str, ...]
 
 
@@ -129,7 +129,7 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
             f"{len(job.concepts)} concepts are too many for a text {job.width} wide: what is said of them leaves no room for other words; "
             f"erase at most {most}"
         )
-    targets = [_target(job, concept, settings) for concept in job.concepts]
+    targets = _targets(job, settings)
     twins = _twins(job, targets, settings)
     erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
     captions, pooled_captions = _without(job, erased)
@@ -213,59 +213,42 @@ def _left(edit: LowRank, marks: Sequence[tuple[Tensor, Tensor]], gram: Tensor) -
     return max(trace(edit, c, a, gram) for c, a in marks)
 
 
-def _target(job: Job, concept: Concept, settings: Settings) -> _Target:
-    """Looks at words near a concept: as near as a synonym goes with it, unless it is to be kept or is spoken of elsewhere in the job."""
-    taken = {text.lower() for c in job.concepts for text in (c.text, c.replacement or "")}
-    words = list(candidates(job.model.text, concept.text, limit=settings.looked_at, words=common_words(job.model), keep_concept=True))
-    words = [word for word in words if word not in taken]
-    origin = job.texts.prompt(PLAIN, "")
-    ours = _two(job.texts.prompt(PLAIN, concept.text))
-    gram = job.gram.matrix
+def _targets(job: Job, settings: Settings) -> list[_Target]:
+    """Each concept with the words that are erased with it, the word read in its place, and those that must stay.
 
-    def size(x: Tensor) -> float:
-        return math.sqrt(float(x.mul(gram @ x).sum()))
-
-    said = size(ours - _two(origin))
-    distances = {}
-    for word in job.texts.ahead(words, lambda word: [fill(PLAIN, word)]):
-        distances[word] = size(_two(job.texts.prompt(PLAIN, word)) - ours) / max(said, 1e-12)
-    kept = {word.lower() for word in job.keep}
-    synonyms = tuple(word for word in words if distances[word] <= settings.synonym and word not in kept)
-    others = sorted((word for word in words if distances[word] > settings.synonym and word not in kept), key=distances.__getitem__)
-    anchor = concept.replacement
-    if anchor is None:
-        apart = [word for word in others if distances[word] >= settings.apart][: settings.looked_at // 2]
-        anchor = _least_cost(job, concept, apart, settings) if apart else ""
-    siblings = [word for word in others if word != anchor][: settings.siblings]
-    return _Target(concept, synonyms, anchor, tuple(siblings))
-
-
-def _least_cost(job: Job, concept: Concept, words: Sequence[str], settings: Settings) -> str:
-    """The word that takes a concept's place at the least change to captions: one of its own kind, which also keeps pictures whole.
-
-    The columns are the concept's, whatever the anchor, so all candidates share one solution.
+    No anchor and no word that stays is, means the same as, holds or is part of any concept of the job: of several erased together none takes
+    another's place.
     """
-    templates = TEMPLATES[:4]
-    captions, gram = job.corpus.covariance, job.gram.matrix
-    ridge = settings.ridge * float(captions.diagonal().mean())
-
-    def blocks(word: str) -> tuple[Tensor, Tensor, Tensor]:
-        read = [_block(job, _twin(concept.text, {concept.text: word}, template), settings) for template in templates]
-        c, a, w = (torch.cat(part, -1) for part in zip(*read, strict=True))
-        return c, a, w / len(templates)
-
-    c, a, w = blocks(words[0])
-    down = response(Problem(c, a, w, ridge, TYPICAL * captions))
-    # Of all columns together, the few combinations that captions call up.
-    sizes, axes = torch.linalg.eigh(down.T @ captions @ down)
-    heard = axes * sizes.clamp_min(0).sqrt()
-    heard = heard[:, sizes > UNHEARD * sizes[-1]]
-    costs = {}
-    for word in job.texts.ahead(words, lambda word: [fill(t, text) for t in templates for text in (concept.text, word)], AHEAD):
-        c, a, _ = blocks(word)
-        moved = (a - c) @ heard
-        costs[word] = float(moved.mul(gram @ moved).sum())
-    return min(words, key=costs.__getitem__)
+    words, texts = job.words, [concept.text for concept in job.concepts]
+    kin = [words.kin(text) for text in texts]
+    named = {text.lower() for concept in job.concepts for text in (concept.text, concept.replacement or "")} | {w.lower() for w in job.keep}
+    along: dict[str, int] = {}
+    for number, (text, around) in enumerate(zip(texts, kin, strict=True)):
+        mine = [*(around.synonyms if settings.synonyms else ()), *(around.parts if job.parts == "erase" else ())]
+        for word in mine:
+            if word in named:
+                continue
+            # A word near two concepts goes with the nearer one.
+            other = along.get(word)
+            if other is None or words.distances(text, [word]) < words.distances(texts[other], [word]):
+                along[word] = number
+    erased = {text.lower() for text in texts} | set(along)
+    bound = {word for around in kin for word in (*around.synonyms, *around.bound)} | erased
+    targets = []
+    for number, (concept, around) in enumerate(zip(job.concepts, kin, strict=True)):
+        anchor = concept.replacement
+        if anchor is None:
+            free = [word for word in around.others if word not in bound and word not in named]
+            for text in texts:
+                alike = words.distances(text, free) <= SYNONYM
+                free = [word for word, near in zip(free, alike.tolist(), strict=True) if not near]
+            anchor = words.kind(concept.text, free) if free and settings.kind else ""
+        staying = [word for word in (*around.parts, *around.holders) if word not in erased]
+        others = [word for word in (*around.bound, *around.others) if word not in (*erased, *staying, anchor)]
+        others.sort(key=lambda word: float(words.distances(concept.text, [word])))
+        synonyms = tuple(word for word, owner in along.items() if owner == number)
+        targets.append(_Target(concept, synonyms, anchor, tuple(staying), tuple(others[: settings.siblings])))
+    return targets
 
 
 def _twins(job: Job, targets: Sequence[_Target], settings: Settings) -> list[_Twin]:
@@ -322,14 +305,9 @@ def _block(job: Job, twin: _Twin, settings: Settings) -> tuple[Tensor, Tensor, T
     return source[positions].T, anchor[theirs].T, weights
 
 
-def _two(prompt: Prompt) -> Tensor:
-    """Last sub-token and end token, (width, 2)."""
-    return prompt.context[[max(prompt.last, 0), prompt.end]].T
-
-
 def _marks(job: Job, target: _Target) -> tuple[Tensor, Tensor]:
     """Where a concept stands in a plain prompt, and its anchor: each (width, 2)."""
-    return _two(job.texts.prompt(PLAIN, target.concept.text)), _two(job.texts.prompt(PLAIN, target.anchor))
+    return two(job.texts.prompt(PLAIN, target.concept.text)), two(job.texts.prompt(PLAIN, target.anchor))
 
 
 def _basis(columns: Tensor) -> Tensor:
