@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -286,7 +286,7 @@ def report(
     figures = report_edit(_load(model, device), edit, cache=cache)
     chart.save(out / "report.png", report_picture(edit, figures))
     (out / "report.json").write_text(json.dumps(figures.to_json(), indent=1) + "\n", "utf-8")
-    typer.echo(figures.summary())
+    typer.echo(replace(edit, report=figures).summary())
     typer.echo(f"chart and figures in {out}")
 
 

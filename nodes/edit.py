@@ -39,7 +39,10 @@ _CATEGORY = "ConceptKit/edit"
 _ALIASES = ["conceptkit", "erase concept", "remove concept", "unlearn", "ablate", "edit concept", "UCE"]
 _GIVEN = "The edit, from Erase Concept, Load Edit or Combine Edits."
 _SOLVED = "The edit itself, a small matrix on the text, for ConceptKit's other nodes."
-_STRENGTH = "How much of the edit to apply: 1 is all of it, 0 leaves everything as it is, below 0 does the opposite."
+_STRENGTH = (
+    "How much of the edit to apply: 1 is all of it, 0 leaves everything as it is, below 0 moves prompts the other way, away from what "
+    "stands in the concept's place, which is not its exact opposite."
+)
 _REPORT = "What the edit reaches and what it costs: each concept's trace by layer, kept words, and the neighbours that moved most."
 _TEXT = "The same in words, with what such an edit cannot reach."
 
@@ -84,7 +87,7 @@ class EraseConcept(io.ComfyNode):
                 io.Boolean.Input(
                     "hard",
                     default=False,
-                    tooltip="Close the text path for good: no prompt at all can say the concept any more. Costs more of what is near it.",
+                    tooltip="Project the concept out completely. Similar words suffer more; adversarial embeddings may still recover it.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -140,7 +143,7 @@ class EraseConcept(io.ComfyNode):
                 seed=seed,
                 on_step=Progress(node, label="solving"),
             ).to("cpu")
-        send_text(node, edit.summary().splitlines()[0])
+        send_text(node, edit.headline())
         return io.NodeOutput(patch_model(model, edit), edit, chart(edit, edit.report), edit.summary())
 
 
@@ -215,7 +218,8 @@ class CombineEdits(io.ComfyNode):
             node_id="ConceptKitCombineEdits",
             display_name="Combine Edits",
             category=_CATEGORY,
-            description="Two edits as one, as though a model had been patched with both. Concepts solved in one Erase Concept fit better.",
+            description="Combines two edits into one, equal to patching a model with the first and then the second. "
+            "Prefer erasing several concepts in one Erase Concept node.",
             search_aliases=[*_ALIASES, "merge edits", "compose edits", "chain"],
             inputs=[
                 Socket.Input("first", tooltip="The edit the model is patched with first."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,15 +14,19 @@ from torch import Tensor
 from .. import artifact
 from ..model import Conditioning, CrossAttention, Family, NonFinite
 from .layers import in_single
-from .report import Report
+from .report import LIMITS, MAX_NULL_DRIFT, MAX_SHIFT, MAX_TRACE, Report
 from .solve import LowRank
-from .texts import Concept
+from .texts import Concept, words_of
 
 FORMAT, VERSION = "conceptkit-edit", 2
 FAMILIES: tuple[str, ...] = (*get_args(Family), "sd3", "flux")
 """Whose texts an edit may be for. SD3 and Flux (experimental) take it as conditioning only."""
-LIMITS = 1 << 16
+LARGEST = 1 << 16
 """Largest width, and largest number of columns, an edit on disk may state."""
+SHOWN = 3
+"""Concepts that one line has room for."""
+STILL = 0.5
+"""Shift below which a word still means what it meant, rather than what stands in its place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,17 +259,74 @@ class ContextEdit:
             down[:, : self.pooled.width] = self.pooled.v.float().cpu().T
             yield path, weight, WeightPatch(weight[:, : self.pooled.width].float() @ self.pooled.u.float().cpu(), down)
 
+    def headline(self) -> str:
+        """What matters most of what the edit does, in one short line."""
+        if self.is_identity:
+            return "No edit: nothing is changed."
+        if self.report is None:
+            return "; ".join(map(str, self.concepts[:SHOWN])) or "an edit"
+        worst = sorted(self.report.concepts, key=lambda c: -c.trace)
+        left = ", ".join(f"{c.text}: {max(0.0, c.trace):.0%} left" for c in worst[:SHOWN])
+        more = f", {len(worst) - SHOWN} more" if len(worst) > SHOWN else ""
+        moved = "".join(f"; moved most: {word.word} {word.shift:.0%}" for word in self.report.neighbours[:1])
+        return f"{left}{more}{moved}"
+
     def summary(self) -> str:
         """What the edit does, in a few lines for people."""
         if self.is_identity:
-            return "No edit: nothing is changed."
+            return self.headline()
         listed = [
             f"{concept} (read as {anchor!r})" if concept.replacement is None and anchor.strip() else str(concept)
             for concept, anchor in zip(self.concepts, self.anchors, strict=True)
         ]
         names = ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
         lines = [f"{names or 'an edit'}: method {self.method}, rank {self.rank}" + (f" + {self.pooled.rank} pooled" if self.pooled else "")]
-        return "\n".join(lines + ([] if self.report is None else [self.report.summary()]))
+        if self.report is not None:
+            lines += [self.report.summary(), *(f"  Warning: {w}." for w in self.warnings), *(f"  {limit}" for limit in LIMITS)]
+        return "\n".join(lines)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know before relying on the edit, as sentences that say what can still be changed; none without a report.
+
+        Where nothing of it can be, there is no warning: the figures are in the report all the same.
+        """
+        report = self.report
+        if report is None:
+            return ()
+        found = [
+            f"the model was not trained on {word!r}: neither erasing it nor its figures mean much; use a word it knows"
+            for word in report.unknown
+        ]
+        for concept in self.concepts:
+            alone = [part.word for part in report.parts if part.shift < STILL and part.word in words_of(concept.text)]
+            if alone:
+                words = ", ".join(map(repr, alone))
+                found.append(f"{concept.text!r} is erased as one phrase; {words} alone still means what it did: list it apart to erase it")
+        stronger, gentler = self._stronger(), self._gentler()
+        left = [(f"{c.text!r} may still be generated ({c.trace:.0%} of it is left)", c.trace, stronger) for c in report.concepts]
+        if report.pooled_leak is not None:
+            label = f"the pooled text still says the concept ({report.pooled_leak:.0%})"
+            left.append((label, report.pooled_leak, ["use the method conceptkit, which edits it too"] if self.pooled is None else stronger))
+        found += [f"{what}: {_either(advice)}" for what, trace, advice in left if trace > MAX_TRACE and advice]
+        found += [f"{w.word!r} was to be kept and moves by {w.shift:.0%}: {gentler}" for w in report.kept if w.shift > MAX_SHIFT]
+        if report.null_drift > MAX_NULL_DRIFT and not self.gains:
+            found.append(f"the empty prompt moves by {report.null_drift:.1%}: if that shows, edit the positive conditioning alone")
+        return tuple(found)
+
+    def _stronger(self) -> list[str]:
+        """What would leave less of the concepts."""
+        default = self.method == "conceptkit"
+        advice = ["raise the strength to 1"] if float(self.settings.get("strength", 1.0)) < 1 else []
+        advice += ["keep fewer words"] if self.keep else []
+        advice += [] if default else ["use the method conceptkit"]
+        advice += ["turn on hard"] if default and self.settings.get("hard") is False else []
+        return advice
+
+    def _gentler(self) -> str:
+        """What would move other words less."""
+        advice = ["turn off hard"] if self.settings.get("hard") is True else []
+        return _either([*advice, *(["erase fewer concepts at once"] if len(self.concepts) > 1 else []), "lower the strength"])
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"context.u": self.context.u, "context.v": self.context.v}
@@ -337,12 +398,12 @@ def _from_version_1(header: artifact.Header) -> artifact.Header:
     if words:
         synonyms[0] = words
     if report is not None:
-        report = {name: value for name, value in report.items() if name != "limits"}
+        report = {name: value for name, value in report.items() if name != "limits"} | {"parts": [], "unknown": []}
     return {**header, "settings": settings, "synonyms": synonyms, "report": report}
 
 
 def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= LIMITS:
+    if type(value) is not int or not 0 <= value <= LARGEST:
         raise ValueError(f"{value!r} is no size")
     return value
 
@@ -353,6 +414,11 @@ def single(part: LowRank) -> LowRank:
     sizes = torch.stack([u.abs().amax(0), v.abs().amax(0)]).clamp_min(torch.finfo(torch.float64).tiny) if part.rank else u.new_ones(2, 0)
     scale = torch.exp2(((sizes[0].log2() - sizes[1].log2()) / 2).round())
     return LowRank((u / scale).float(), (v * scale).float())
+
+
+def _either(advice: Sequence[str]) -> str:
+    """Advice as one phrase: one or another of it helps."""
+    return ", or ".join(advice)
 
 
 def _row_major(part: LowRank) -> LowRank:

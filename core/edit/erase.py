@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model import Model, NonFinite
 from ..progress import OnStep, silent
-from ..vocabulary import candidates
+from ..vocabulary import STOP_WORDS, candidates, is_known, stem
 from .default import conceptkit
 from .edit import ContextEdit, single
 from .job import Job
@@ -20,7 +20,7 @@ from .layers import cross_attention, in_single
 from .presets import PRESETS, Preset
 from .report import Adversary, ConceptTrace, Report, WordShift, distortion, shift, trace
 from .solve import LowRank
-from .texts import Concept, check_concepts, common_words, fill, parse_concepts
+from .texts import Concept, check_concepts, common_words, fill, parse_concepts, words_of
 
 METHODS: Mapping[str, Preset] = {
     "conceptkit": Preset(
@@ -118,7 +118,8 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
     found = LowRank(edit.context.u.double().cpu(), edit.context.v.double().cpu())
     gram, covariance = job.gram.matrix, job.corpus.covariance
     near = _near(job, [word for words in edit.synonyms for word in words])
-    job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near))
+    parts = _parts(job)
+    job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near, *parts))
     marks = [_marks(job, concept.text, anchor) for concept, anchor in zip(edit.concepts, edit.anchors, strict=True)]
     adversary = Adversary(found, gram, covariance)
     layers, highest = _by_layer(job, edit, marks)
@@ -132,7 +133,7 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
         )
         for i, (concept, (c, a)) in enumerate(zip(job.concepts, marks, strict=True))
     )
-    shifts = {word: shift(found, *_marks(job, word, ""), gram) for word in (*job.keep, *near)}
+    shifts = {word: shift(found, *_marks(job, word, ""), gram) for word in (*job.keep, *near, *parts)}
     neighbours = sorted((WordShift(word, shifts[word]) for word in near), key=lambda w: (-w.shift, w.word))
     null = job.texts.context("").T
     return Report(
@@ -143,6 +144,8 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
         distortion=distortion(found, covariance, gram),
         null_drift=max(shift(found, x[:, None], torch.zeros_like(x[:, None]), gram) for x in null.T),
         pooled_leak=_pooled_leak(job, edit),
+        parts=tuple(WordShift(word, shifts[word]) for word in parts),
+        unknown=_unknown(job),
     )
 
 
@@ -161,6 +164,23 @@ def _near(job: Job, along: Sequence[str]) -> tuple[str, ...]:
         pool = candidates(job.model.text, concept.text, limit=each + len(said), words=common_words(job.model), keep_concept=True)
         words |= dict.fromkeys([word for word in pool if word not in said][:each])
     return tuple(words)
+
+
+def _parts(job: Job) -> tuple[str, ...]:
+    """The words of concepts of several words, but for those that only place and relate things."""
+    phrases = [words_of(concept.text) for concept in job.concepts]
+    erased = {word for phrase in phrases if len(phrase) == 1 for word in phrase}
+    words = dict.fromkeys(word for phrase in phrases if len(phrase) > 1 for word in phrase)
+    return tuple(word for word in words if word not in STOP_WORDS and word not in erased and is_known(job.model.text, word))
+
+
+def _unknown(job: Job) -> tuple[str, ...]:
+    """Words of the concepts that are not among those the model knows, where it says which it knows."""
+    if job.model.words is None:
+        return ()
+    known = {stem(word) for word in job.model.words}
+    words = dict.fromkeys(word for concept in job.concepts for word in words_of(concept.text) if word not in STOP_WORDS)
+    return tuple(word for word in words if stem(word) not in known)
 
 
 def _by_layer(job: Job, edit: ContextEdit, marks: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], list[float]]:

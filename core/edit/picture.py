@@ -14,7 +14,7 @@ def report_picture(edit: ContextEdit, report: Report | None = None) -> Picture:
     report = report or edit.report
     title = ", ".join(map(str, edit.concepts)) or "no edit"
     if edit.is_identity or report is None:
-        return edit_report([], [], [], [], title=title, subtitle=edit.summary().splitlines()[0])
+        return edit_report([], [], [], [], title=title, subtitle=edit.headline())
     return edit_report(
         [(concept.text, concept.trace, concept.regenerable_plausible) for concept in report.concepts],
         _strips(report.layers),

@@ -17,12 +17,12 @@ from torch import Tensor
 from .solve import LowRank, root
 
 MAX_TRACE, MAX_SHIFT, MAX_NULL_DRIFT = 0.2, 0.3, 1e-2
-"""Figures above which a report warns: of a concept, of a word to keep, of the empty prompt."""
+"""Figures above which an edit warns: of a concept, of a word to keep, of the empty prompt."""
 
 LIMITS = (
-    "An edit of the text path closes the words, not the memory: pictures inverted with the empty prompt can still show the concept.",
-    "An embedding learned on the edited model, or one chosen freely, may still reach it as far as 'regenerable' says.",
-    "The text encoder itself is unchanged: other models that read its output know the concept as before.",
+    "The edit blocks prompts, not the model's knowledge: images inverted with the empty prompt can still show the concept.",
+    "An embedding learned on the edited model, or chosen freely, may still recover it, as far as 'an embedding could bring back' says.",
+    "The text encoder is unchanged: other models that use it know the concept as before.",
 )
 """What no edit of this kind can reach: shown with every report and stored in none, so that a sentence may change and no hash with it."""
 
@@ -55,7 +55,8 @@ class Report:
     """Figures of an edit. layers: path to trace, over all concepts. distortion: E ||(T - I) c||_G^2 / E ||c||_G^2 over captions.
 
     null_drift: the most any position of the empty prompt moves, relative. pooled_leak: the trace of the pooled text (1: not edited), None
-    for models that have none. neighbours: words the edit was not about, most moved first.
+    for models that have none. neighbours: words the edit was not about, most moved first. parts: words of concepts of several words, each
+    by itself. unknown: words of concepts that the model was not trained on, where it says what it was.
     """
 
     concepts: tuple[ConceptTrace, ...]
@@ -65,27 +66,8 @@ class Report:
     distortion: float
     null_drift: float
     pooled_leak: float | None
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What a user should know before relying on the edit, as sentences."""
-        found = [
-            f"{c.text!r} may still be drawn ({c.trace:.0%} of it is left): raise the strength, or keep fewer words"
-            for c in self.concepts
-            if c.trace > MAX_TRACE
-        ]
-        found += [
-            f"{w.word!r} was to be kept and moves by {w.shift:.0%}: erase less beside it, or lower the strength"
-            for w in self.kept
-            if w.shift > MAX_SHIFT
-        ]
-        if self.null_drift > MAX_NULL_DRIFT:
-            found.append(
-                f"the empty prompt moves by {self.null_drift:.1%}: apply the edit to the positive conditioning alone if that shows"
-            )
-        if self.pooled_leak is not None and self.pooled_leak > MAX_TRACE:
-            found.append(f"the pooled text still says the concept ({self.pooled_leak:.0%}): use the method conceptkit, which edits it too")
-        return tuple(found)
+    parts: tuple[WordShift, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """The figures in a few lines for people."""
@@ -94,11 +76,12 @@ class Report:
             f"{c.regenerable_plausible:.0%} if it must be plausible, {c.regenerable_any:.0%} if not"
             for c in self.concepts[:12]
         ]
-        lines.append(f"  captions change by {self.distortion:.2%}, the empty prompt by {self.null_drift:.2%}")
+        pooled = "" if self.pooled_leak is None else f", the pooled text keeps {self.pooled_leak:.0%} of the concepts"
+        lines.append(f"  captions change by {self.distortion:.2%}, the empty prompt by {self.null_drift:.2%}{pooled}")
         for label, words in (("kept", self.kept), ("most moved", self.neighbours)):
             if words:
                 lines.append(f"  {label}: " + ", ".join(f"{w.word} {w.shift:.0%}" for w in words[:8]))
-        return "\n".join([*lines, *(f"  Warning: {w}." for w in self.warnings), *(f"  {limit}" for limit in LIMITS)])
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -122,6 +105,8 @@ class Report:
             distortion=_number(plain["distortion"]),
             null_drift=_number(plain["null_drift"]),
             pooled_leak=None if leak is None else _number(leak),
+            parts=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["parts"]),
+            unknown=tuple(map(_text, plain["unknown"])),
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from string import punctuation
 from typing import TypeVar
 
 import torch
@@ -86,6 +87,11 @@ def check_concepts(text: TextEncoder, concepts: Sequence[Concept], keep: Sequenc
     for word in keep:
         if not is_known(text, word):
             raise ValueError(_unknown("word to keep", word))
+
+
+def words_of(text: str) -> list[str]:
+    """The words of ``text`` in lower case, without punctuation around them."""
+    return [word for part in text.lower().split() if (word := part.strip(punctuation))]
 
 
 def _unknown(role: str, words: str) -> str:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, LowRank, lora_tensors, parse_concepts, report_edit, save_lora, solve_edit
-from conceptkit.core.edit import report as report_module
 from conceptkit.core.edit.default import Settings, _block, _null, _twin, conceptkit
 from conceptkit.core.edit.edit import single
 from conceptkit.core.edit.job import Job
@@ -184,6 +183,7 @@ def test_the_same_question_has_the_same_answer(edit, model):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.law
 def test_a_file_gives_the_edit_back(edit, tmp_path, model):
     edit.save(tmp_path / "edit.safetensors")
     found = ContextEdit.load(tmp_path / "edit.safetensors")
@@ -352,10 +352,68 @@ def test_another_sentence_is_no_other_edit(monkeypatch):
     """What is shown to people is written when it is shown: no hash and no file depends on its wording."""
     edit = random_edit()
     before, shown = edit.content_hash(), edit.summary()
-    monkeypatch.setattr(report_module, "LIMITS", ("Another sentence.",))
+    monkeypatch.setattr("conceptkit.core.edit.edit.LIMITS", ("Another sentence.",))
     assert replace(edit, report=Report.from_json(edit.report.to_json())).content_hash() == edit.content_hash() == before
     assert edit.summary() != shown and "Another sentence." in edit.summary()
     assert not [value for value in strings(edit._header()) if " " in value]
+
+
+def test_a_warning_names_what_can_still_be_changed():
+    """Each advice where it can be followed, and no warning where none can: the figures are shown all the same."""
+    edit = random_edit()
+    left = replace(edit.report, concepts=(ConceptTrace("cat", 0.4, 0.5, 0.5, 1.0),), kept=(WordShift("lion", 0.4),), pooled_leak=None)
+    whole = replace(edit, report=left, keep=(), method="conceptkit", concepts=edit.concepts[:1], anchors=("dog",), synonyms=((),))
+
+    def said(about: str, **changes: object) -> list[str]:
+        return [warning for warning in replace(whole, **changes).warnings if about in warning]
+
+    (one,) = said("'cat' may still be generated (40% of it is left)")
+    assert one.endswith(": turn on hard")
+    assert said("'cat'", settings={"hard": True}) == []
+    (one,) = said("'cat'", settings={"hard": True, "strength": 0.5}, keep=("lion",))
+    assert one.endswith(": raise the strength to 1, or keep fewer words")
+    (one,) = said("'cat'", method="time")
+    assert one.endswith(": use the method conceptkit")
+    assert said("'lion'") == ["'lion' was to be kept and moves by 40%: lower the strength"]
+    (one,) = said("'lion'", settings={"hard": True}, concepts=edit.concepts, anchors=edit.anchors, synonyms=())
+    assert one.endswith(": turn off hard, or erase fewer concepts at once, or lower the strength")
+    assert replace(whole, report=None).warnings == ()
+    assert "40.0% left" in replace(whole, settings={"hard": True}).summary()
+    drifting = replace(whole, report=replace(left, null_drift=0.05))
+    assert any("empty prompt" in warning for warning in drifting.warnings)
+    assert not any("empty prompt" in warning for warning in replace(drifting, gains={PATH: (1.0,) * 3}).warnings)
+
+
+def test_a_phrase_that_names_several_things_is_said_to_be_one(model):
+    """Erasing "circle square" erases neither: whoever means two concepts is told."""
+    phrase = solve_edit(model, [Concept("circle, square", "car")], method="uce-2025", captions=CAPTIONS)
+    assert [part.word for part in phrase.report.parts] == ["circle", "square"]
+    one = replace(phrase.report, parts=(WordShift("circle", 0.1), WordShift("square", 0.2)))
+    (warning,) = [warning for warning in replace(phrase, report=one).warnings if "phrase" in warning]
+    assert warning.startswith("'circle, square' is erased as one phrase; 'circle', 'square' alone")
+    both = replace(one, parts=(WordShift("circle", 0.9), WordShift("square", 0.9)))
+    assert not any("phrase" in warning for warning in replace(phrase, report=both).warnings)
+    apart = solve_edit(model, ["circle", "a red circle"], method="uce-2025", captions=CAPTIONS)
+    assert [part.word for part in apart.report.parts] == ["red"]
+
+
+def test_a_word_the_model_was_not_trained_on_is_named(model):
+    edit = solve_edit(model, ["lemon -> circle"], method="uce-2025", captions=CAPTIONS)
+    assert edit.report.unknown == ("lemon",) and "not trained on 'lemon'" in edit.warnings[0]
+    assert solve_edit(replace(model, words=None), ["lemon"], method="uce-2025", captions=CAPTIONS).report.unknown == ()
+    assert solve_edit(model, ["circles"], method="uce-2025", captions=CAPTIONS).report.unknown == ()
+
+
+def test_the_headline_says_what_matters():
+    edit = random_edit()
+    traces = tuple(ConceptTrace(name, left, 1.0, 1.0, 1.0) for name, left in (("a", -0.1), ("b", 0.3), ("c", 0.1), ("d", 0.2)))
+    report = replace(edit.report, concepts=traces, neighbours=(WordShift("cross", 0.25), WordShift("ring", 0.1)))
+    shown = replace(edit, report=replace(report, concepts=traces[2:3])).headline()
+    assert shown == "c: 10% left; moved most: cross 25%"
+    assert replace(edit, report=report).headline() == "b: 30% left, d: 20% left, c: 10% left, 1 more; moved most: cross 25%"
+    assert replace(edit, report=replace(report, concepts=traces[:1], neighbours=())).headline() == "a: 0% left"
+    assert replace(edit, report=None).headline() == "cat -> dog; hat"
+    assert edit.scale(0).headline() == edit.scale(0).summary() == "No edit: nothing is changed."
 
 
 def strings(value: object) -> Iterator[str]:
@@ -370,6 +428,7 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(item)
 
 
+@pytest.mark.law
 def test_an_edit_has_one_layout_wherever_it_comes_from(edit, tmp_path):
     """Else a matrix product takes another path through the BLAS for the edit from a file, and the last bit differs."""
     edit.save(tmp_path / "edit.safetensors")
@@ -615,7 +674,7 @@ def test_the_pooled_text_of_sdxl_is_erased_too():
     """The known failure of editing to_k and to_v alone: "cat" stays in the pooled text."""
     alone = solve_edit(sdxl(), ["cat -> sofa"], method="uce-2025")
     assert alone.report.pooled_leak == pytest.approx(1.0)
-    assert any("pooled" in warning for warning in alone.report.warnings)
+    assert any("pooled" in warning and "method conceptkit" in warning for warning in alone.warnings)
     whole = solve_edit(sdxl(), ["cat -> sofa"])
     assert whole.report.pooled_leak < 0.2
     assert whole.pooled.rank > 0

@@ -175,6 +175,7 @@ def test_same_inputs_same_hash_whatever_the_global_state(method: str) -> None:
     assert len(hashes) == 1 and take_apart(world(), method, seed=4).content_hash() not in hashes
 
 
+@pytest.mark.law
 @method
 def test_saved_loaded_and_applied_it_is_the_same(method: str, tmp_path: Path) -> None:
     model = world("l", "g")

@@ -76,6 +76,7 @@ def same(first: Decomposition, second: Decomposition) -> bool:
     return plain[0] == plain[1] and rows[0].keys() == rows[1].keys() and all(torch.equal(rows[0][n], rows[1][n]) for n in rows[0])
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("found", [example(), example("l"), example(importance=None, fidelity=None, attempts=(), clusters=())])
 def test_saved_and_loaded_it_is_the_same_bit_for_bit(found: Decomposition, tmp_path: Path) -> None:
     found.save(tmp_path / "bird.safetensors")
@@ -91,6 +92,17 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(found: Decomposition, tmp_p
     assert (tmp_path / "again").read_bytes() == (tmp_path / "bird.safetensors").read_bytes()
     with pytest.raises(ArtifactError, match="other content"):
         replace(found, concept="cat").save(tmp_path / "again")
+
+
+@pytest.mark.law
+def test_tensors_have_the_layout_of_a_file_from_the_start(tmp_path: Path) -> None:
+    rows = {name: table.T.contiguous().T for name, table in example().embeddings.items()}
+    found = example(embeddings=rows, alpha=torch.cat([torch.zeros(1), example().alpha])[1:])
+    found.save(tmp_path / "bird.safetensors")
+    loaded = Decomposition.load(tmp_path / "bird.safetensors")
+    for one, other in [(found.alpha, loaded.alpha), *((found.embeddings[name], loaded.embeddings[name]) for name in rows)]:
+        assert (one.stride(), one.storage_offset()) == (other.stride(), 0)
+        assert torch.equal(one, other)
 
 
 def test_the_hash_follows_what_was_found_and_not_what_computed_it() -> None:
