@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..demo.world import shapes_world
 from .decompose import _digest, weights_digest
-from .edit_speed import COLUMNS, measure_official, measure_speed
+from .edit_speed import COLUMNS, measure_speed, measure_verb
 from .erasure import ABLATIONS, Case, Counts, cases, measure_ablation, measure_before, measure_edit, planned
 from .frame import Bar, Job, Profile, Result
 
@@ -90,7 +90,7 @@ class EditSuite:
 
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
-        jobs = [self._speed(size) for size in ("sd15", "sdxl")] + [self._official(size) for size in ("sd15", "sdxl")]
+        jobs = [self._speed(size) for size in ("sd15", "sdxl")] + [self._verb()]
         jobs += [self._erase(DEFAULT, concept) for concept in self.size.concepts if DEFAULT in self.measured]
         jobs += [self._before(concept) for concept in self.size.concepts]
         jobs += [self._erase(method, concept) for method in self.measured if method != DEFAULT for concept in self.size.concepts]
@@ -149,12 +149,12 @@ class EditSuite:
 
     def _speed(self, size: str) -> Job:
         # The key is new each time: seconds of another day or machine say nothing.
-        asked = {"size": size, "threads": THREADS, "methods": size == "sd15" or self.profile == "full"}
+        asked = {"size": size, "threads": THREADS, "methods": size == "sd15" or self.profile == "full", "layers": self.size.official_layers}
         return Job("speed", measure_speed, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
 
-    def _official(self, size: str) -> Job:
-        asked = {"size": size, "threads": THREADS, "layers": self.size.official_layers}
-        return Job("speed, the published loops", measure_official, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
+    def _verb(self) -> Job:
+        asked = {"model": self.model, "threads": THREADS}
+        return Job("speed", measure_verb, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
 
     def _on_demo(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": self.model, "world": "shapes", **arguments}
@@ -172,28 +172,18 @@ class EditSuite:
             mine = [job for job in self._jobs if job.measure is measure_ablation and job.arguments["method"] == name and job.key in done]
             if mine:
                 rows.append(_ablation_row(name, mine, done, before, cached))
-        for size in ("sd15", "sdxl"):
-            rows += self._speed_row(size, done)
-        return [*rows, *_certificate_row([done[job.key] for job in edits])]
+        return [*rows, *self._speed_rows(done), *_certificate_row([done[job.key] for job in edits])]
 
-    def _speed_row(self, size: str, done: Mapping[str, Result]) -> list[dict[str, Any]]:
-        found = {job.measure: done[job.key] for job in self._jobs if job.arguments.get("size") == size and job.key in done}
-        if measure_speed not in found or measure_official not in found:
-            return []
-        ours, theirs = found[measure_speed], found[measure_official]
-        return [
-            {
-                "set": "speed",
-                "size": size,
-                "columns": COLUMNS,
-                **{key: value for key, value in ours.items() if key != "evals"},
-                "official_seconds": theirs["official_seconds"],
-                "vectorised_seconds": theirs["vectorised_seconds"],
-                "ratio": theirs["official_seconds"] / ours["seconds"],
-                "vectorised_ratio": theirs["vectorised_seconds"] / ours["seconds"],
-                "official_layers": theirs["layers"],
-            }
-        ]
+    def _speed_rows(self, done: Mapping[str, Result]) -> list[dict[str, Any]]:
+        """A row a size of ``LAYERS``, and one of the whole verb on the model itself."""
+        rows: list[dict[str, Any]] = []
+        for job in self._jobs:
+            figures = {key: value for key, value in done.get(job.key, {}).items() if key != "evals"}
+            if figures and job.measure is measure_speed:
+                rows.append({"set": "speed", "size": job.arguments["size"], "columns": COLUMNS, **figures})
+            if figures and job.measure is measure_verb:
+                rows.append({"set": "speed", "size": self.model, **{f"verb_{key}": value for key, value in figures.items()}})
+        return rows
 
     def bars(self, rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
         """What the default method must reach, on what was measured."""
@@ -373,6 +363,9 @@ def _erase_bars(row: Mapping[str, Any]) -> Iterable[Bar]:
 
 
 def _speed_bars(size: str, row: Mapping[str, Any]) -> Iterable[Bar]:
+    if "verb_seconds" in row:
+        yield Bar(f"{size}: the whole verb, report included, at most 0.3 s", f"{row['verb_seconds']:.3g}", row["verb_seconds"] <= 0.3)
+        return
     limits = {
         "sd15": {"seconds": 0.5, "gram_seconds": 1.0, "peak_mb": 150, "rece_seconds": 0.5, "default_seconds": 5.0, "default_peak_mb": 150},
         "sdxl": {"seconds": 2.0, "gram_seconds": 20.0, "peak_mb": 600, "default_peak_mb": 600},
@@ -380,7 +373,9 @@ def _speed_bars(size: str, row: Mapping[str, Any]) -> Iterable[Bar]:
     for name, limit in limits.items():
         if name in row:
             yield Bar(f"{size}: {name} at most {limit:g}", f"{row[name]:.3g}", row[name] <= limit)
-    yield Bar(f"{size}: at least 20 times as fast as published", f"{row['ratio']:.0f} times", row["ratio"] >= 20)
+    low, high = row["official_range"]
+    figure = f"{row['official_ratio']:.0f} times ({low:.0f} to {high:.0f})"
+    yield Bar(f"{size}: at least 20 times as fast as published", figure, row["official_ratio"] >= 20)
 
 
 def _figure(row: Mapping[str, Any], key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conceptkit.core.bench.edit import BEFORE, CONCEPTS, DEFAULT, QUICK_METHODS,
 from conceptkit.core.bench.erasure import ABLATIONS, Counts, cases, neighbours, planned, unrelated
 from conceptkit.core.demo import detect
 from conceptkit.core.demo.world import shapes_world
-from conceptkit.core.edit import METHODS, Concept, ContextEdit, parse_concepts
+from conceptkit.core.edit import METHODS, Concept, ContextEdit, parse_concepts, solve_edit
 from conceptkit.core.edit.default import DEFAULT as SETTINGS
 from conceptkit.core.edit.solve import LowRank, Problem, minimise
 from conceptkit.core.hosts.diffusers import load_model
@@ -66,6 +67,7 @@ def test_the_plan_fits_the_profile_and_judges_first(tmp_path: Path, monkeypatch:
     assert suite.measured == QUICK_METHODS and len(QUICK_METHODS) == 4
     parts = [job.part for job in plan.fresh]
     assert next(part for part in parts if part.startswith("erase")) == f"erase, {DEFAULT}"
+    assert parts.count("speed") == 3
     assert parts.count(f"erase, {DEFAULT}") == 4 == parts.count("before the edit")
     assert all(job.baseline == (job.part != f"erase, {DEFAULT}") for job in plan.fresh if not job.exclusive)
     assert all(job.exclusive == job.part.startswith("speed") for job in suite.jobs())
@@ -176,12 +178,16 @@ def test_speed_rows_compare_like_with_like() -> None:
     for job in suite.jobs():
         if job.measure is edit_speed.measure_speed:
             found[job.key] = {"seconds": 0.5, "peak_mb": 100.0, "gram_seconds": 0.5, "threads": 2, "evals": 0}
+            found[job.key] |= {"official_seconds": 10.0, "official_ratio": 21.0, "official_range": [6.0, 23.0], "vectorised_ratio": 5.0}
             found[job.key] |= {"rece_seconds": 0.6, "default_seconds": 4.0, "default_peak_mb": 151.0} if job.arguments["methods"] else {}
-        if job.measure is edit_speed.measure_official:
-            found[job.key] = {"official_seconds": 10.0, "vectorised_seconds": 5.0, "threads": 2, "layers": 2, "evals": 0}
+        if job.measure is edit_speed.measure_verb:
+            found[job.key] = {"seconds": 0.25, "first_seconds": 0.5, "official_seconds": 0.03, "official_ratio": 0.1, "evals": 0}
     rows = suite.rows(found, frozenset())
-    assert [row["size"] for row in rows] == ["sd15", "sdxl"] and all(row["ratio"] == 20 for row in rows)
+    assert [row["size"] for row in rows] == ["sd15", "sdxl", "demo"]
+    assert (rows[2]["verb_seconds"], rows[2]["verb_first_seconds"], rows[2]["verb_official_seconds"]) == (0.25, 0.5, 0.03)
+    assert [bar.value for bar in suite.bars(rows) if "as published" in bar.bar] == ["21 times (6 to 23)"] * 2
     bars = {bar.bar: bar.met for bar in suite.bars(rows)}
+    assert bars["demo: the whole verb, report included, at most 0.3 s"]
     assert bars["sd15: at least 20 times as fast as published"] and not bars["sd15: rece_seconds at most 0.5"]
     assert not bars["sd15: default_peak_mb at most 150"] and "sdxl: default_peak_mb at most 600" not in bars
 
@@ -207,12 +213,43 @@ def test_speed_is_measured_on_stored_layers(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(edit_speed, "LAYERS", {"tiny": ("sd1", 32, {16: 2, 8: 2})})
     threads = torch.get_num_threads()
     try:
-        ours = edit_speed.measure_speed("tiny", 1, methods=False)
-        theirs = edit_speed.measure_official("tiny", 1, 1)
+        found = edit_speed.measure_speed("tiny", 1, methods=False, layers=1, pairs=3)
     finally:
         torch.set_num_threads(threads)
-    assert ours["seconds"] > 0 and ours["gram_seconds"] > 0 and "default_seconds" not in ours
-    assert theirs["official_seconds"] > 0 and theirs["vectorised_seconds"] > 0
+    assert found["seconds"] > 0 and found["gram_seconds"] > 0 and "default_seconds" not in found and found["pairs"] == 3
+    assert found["official_seconds"] > 0 and found["vectorised_range"][0] <= found["vectorised_ratio"] <= found["vectorised_range"][1]
+
+
+def test_both_sides_are_timed_in_turns_and_compared_pair_by_pair() -> None:
+    """A machine that slows down between rounds slows both: medians of either side say 3 times, every pair says twice."""
+    ours, theirs = iter([1.0, 2.0, 30.0]), iter([2.0, 6.0, 60.0])
+    order: list[str] = []
+
+    def timed(name: str, seconds: Iterator[float]) -> Callable[[], float]:
+        return lambda: order.append(name) or next(seconds)
+
+    found = edit_speed._medians(edit_speed._in_turns({"": timed("ours", ours), "official": timed("theirs", theirs)}, 3))
+    assert order == ["ours", "theirs"] * 3
+    assert found == {"seconds": 2.0, "official_seconds": 6.0, "official_ratio": 2.0, "official_range": [2.0, 3.0], "pairs": 3}
+
+
+def test_layers_left_out_of_the_timing_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of each height is timed; the seconds are those of all: 3 of the first height and 5 of the second, a second each."""
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(edit_speed, "LOOPS", {"official": lambda weight, c, a: asked.append(tuple(weight.shape))})
+    monkeypatch.setattr(edit_speed, "_seconds", lambda run: (run(), 1.0)[1])
+    loops = edit_speed._published({16: 3, 8: 5}, 1, torch.zeros(4, 2), torch.zeros(4, 2))
+    assert loops["official"]() == 8.0
+    assert asked == [(16, 4), (8, 4)]
+
+
+def test_the_published_edit_of_a_whole_model_is_the_solver_s() -> None:
+    model = load_model("demo")
+    with torch.no_grad():
+        theirs = edit_speed.uce_as_published(model, "circle", "square")
+    ours = dict(solve_edit(model, "circle -> square", method="uce-2025").bake(model.cross_attention))
+    assert theirs.keys() == ours.keys()
+    assert max(float((theirs[path] - weight.float()).norm() / weight.float().norm()) for path, weight in ours.items()) < 1e-3
 
 
 def test_an_unedited_model_needs_no_adversary() -> None:
