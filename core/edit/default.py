@@ -16,7 +16,6 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from .job import Job, Solution
 from .report import Adversary, distortion, trace
 from .solve import LowRank, Problem, annihilate, minimise
 from .texts import TEMPLATES, Concept, common_words, fill, mentions
-from .words import SYNONYM, two
+from .words import PLAIN, SYNONYM, two
 
 FRAMES = (
     "a photo of a {} and a {0}",
@@ -39,19 +38,18 @@ FRAMES = (
 )
 """Prompts that say the concept beside other words."""
 
-PLAIN = TEMPLATES[0]
+STAYING = (FRAMES[2], FRAMES[5])
+"""Those that words which stay are put in: what changes beside a concept would change them as well."""
 STEPS = 6
 """Bisections of the weight of captions."""
 INDEPENDENT = 0.05
 """Smallest singular value, relative to the largest, of a direction that says something of its own."""
-UNHEARD = 1e-6
-"""Share of the largest below which a combination of columns counts for nothing where anchors are compared."""
 COLUMNS = 2
 """Directions that are a concept's own: where it is said, and at the end of the prompt."""
 TYPICAL = 0.1
-"""A weight of captions to compare anchors at, and for the pooled text."""
-AHEAD = 7
-"""Words whose prompts, four each, are encoded together, beside a concept's where anchors are compared."""
+"""A weight of captions, for the pooled text."""
+AHEAD = 8
+"""Words that stay, whose prompts, four or more each, are encoded together."""
 TOTAL_FRAMES = 1024
 """Prompts over all concepts of one call, beyond which each concept gets fewer."""
 
@@ -61,13 +59,13 @@ class Settings:
     """What the method weighs. Weights are relative to one prompt's sum over positions.
 
     said, padding: of a concept's positions, from its last sub-token to the end token, and after. frames: prompts with other words.
-    synonyms: whether words that say the same go with a concept. kind: whether a word of its kind is read in its place, or nothing. siblings:
-    words near a concept that stay, each with weight ``near``. keep: weight of a word to keep. ridge:
-    relative to the captions' mean size. target, budget: the weight of captions is the largest, of ``least`` to ``most``, that leaves
-    ``target`` of a concept, unless captions then change by more than ``budget``. derived, rounds: weight and rounds of derived columns
-    (none by default). null: share of the width that the empty prompt's exact directions may take up: all there are where the text is 608
-    wide, the main ones where it is narrower; empty: weight of the rest. rank (more for many concepts), tolerance: of the edit as it is
-    kept.
+    synonyms: whether words that say the same go with a concept. kind: whether a word of its kind is read in its place, or nothing.
+    siblings: words near a concept that stay, each with weight ``near``. related: weight of those that say something of its own (its
+    parts, what holds it) or the same as what is read in its place. keep: weight of a word to keep. ridge: relative to the captions' mean
+    size. target, budget: the weight of captions is the largest, of ``least`` to ``most``, that leaves ``target`` of a concept, unless
+    captions then change by more than ``budget``. derived, rounds: weight and rounds of derived columns (none by default). null: share of
+    the width that the empty prompt's exact directions may take up: all there are where the text is 608 wide, the main ones where it is
+    narrower; empty: weight of the rest. rank (more for many concepts), tolerance: of the edit as it is kept.
     """
 
     said: float = 1.0
@@ -77,6 +75,7 @@ class Settings:
     kind: bool = True
     siblings: int = 24
     near: float = 0.005
+    related: float = 0.02
     keep: float = 0.2
     ridge: float = 1e-4
     least: float = 0.1
@@ -111,12 +110,13 @@ class _Twin:
 
 @dataclass(frozen=True)
 class _Target:
-    """A concept with the words erased with it, what is read in its place, and the words that stay: its parts and holders, those nearby."""
+    """A concept with the words erased with it, what is read in its place, and the words that stay: those that say something of its
+    own or the same as the anchor, and further ones nearby."""
 
     concept: Concept
     synonyms: tuple[str, ...]
     anchor: str
-    parts: tuple[str, ...]
+    related: tuple[str, ...]
     siblings: tuple[str, ...]
 
 
@@ -134,7 +134,7 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
     erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
     captions, pooled_captions = _without(job, erased)
     marks = [_marks(job, target) for target in targets]
-    stay = {word: settings.near for target in targets for word in target.siblings} | dict.fromkeys(job.keep, settings.keep)
+    stay = _staying(job, targets, settings)
     edit, cost, chosen = _weighed(job, _stated(job, twins, stay, exact, captions, settings), captions, marks, settings)
     gram = job.gram.matrix
     edit = edit.truncate(settings.tolerance, max(settings.rank, 4 * len(targets)), gram, captions)
@@ -148,12 +148,12 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
             )
         edit = annihilate(edit, away, replace(cost, invariant=exact))
     job.on_step(STEPS + settings.rounds, STEPS + settings.rounds, {"left": _left(edit, marks, gram)})
-    chosen |= {**asdict(settings), "hard": job.hard}
+    chosen |= {**asdict(settings), "hard": job.hard, "parts": job.parts}
     read_as, synonyms = tuple(target.anchor for target in targets), tuple(target.synonyms for target in targets)
     return Solution(edit, read_as, synonyms, _pooled(job, twins, pooled_captions, settings), settings=chosen)
 
 
-def _stated(job: Job, twins: Sequence[_Twin], stay: Mapping[str, float], exact: Tensor, captions: Tensor, settings: Settings) -> Problem:
+def _stated(job: Job, twins: Sequence[_Twin], stay: Tensor, exact: Tensor, captions: Tensor, settings: Settings) -> Problem:
     """The problem but for what captions cost, their mean size in its ridge apart."""
     second, moved = torch.zeros(2, job.width, job.width, dtype=torch.float64)
     for twin in job.texts.ahead(twins, lambda twin: (twin.ours, twin.theirs)):
@@ -163,7 +163,7 @@ def _stated(job: Job, twins: Sequence[_Twin], stay: Mapping[str, float], exact: 
         moved.addmm_((a - c) * w, c.T)
     none = torch.zeros(job.width, 0, dtype=torch.float64)
     null = job.texts.context("")
-    preserve = _staying(job, stay).addmm_(null.T, null, alpha=settings.empty)
+    preserve = stay.addmm_(null.T, null, alpha=settings.empty)
     ridge = settings.ridge * float(captions.diagonal().mean())
     return Problem(none, none, none[0], ridge, preserve, invariant=exact, second=second, moved=moved)
 
@@ -216,8 +216,8 @@ def _left(edit: LowRank, marks: Sequence[tuple[Tensor, Tensor]], gram: Tensor) -
 def _targets(job: Job, settings: Settings) -> list[_Target]:
     """Each concept with the words that are erased with it, the word read in its place, and those that must stay.
 
-    No anchor and no word that stays is, means the same as, holds or is part of any concept of the job: of several erased together none takes
-    another's place.
+    No anchor that is found means the same as any concept of the job, holds it or is part of it, so of several that are erased together
+    none takes another's place; and no word stays that is erased with another.
     """
     words, texts = job.words, [concept.text for concept in job.concepts]
     kin = [words.kin(text) for text in texts]
@@ -243,12 +243,19 @@ def _targets(job: Job, settings: Settings) -> list[_Target]:
                 alike = words.distances(text, free) <= SYNONYM
                 free = [word for word, near in zip(free, alike.tolist(), strict=True) if not near]
             anchor = words.kind(concept.text, free) if free and settings.kind else ""
-        staying = [word for word in (*around.parts, *around.holders) if word not in erased]
-        others = [word for word in (*around.bound, *around.others) if word not in (*erased, *staying, anchor)]
-        others.sort(key=lambda word: float(words.distances(concept.text, [word])))
+        alike = words.kin(anchor).synonyms if anchor else ()
+        staying = [word for word in dict.fromkeys((*around.bound, *alike)) if word not in (*erased, anchor)]
+        others = [word for word in around.others if word not in (*erased, *staying, anchor)]
+        away = dict(zip(others, words.distances(concept.text, others).tolist(), strict=True))
+        others.sort(key=away.__getitem__)
         synonyms = tuple(word for word, owner in along.items() if owner == number)
         targets.append(_Target(concept, synonyms, anchor, tuple(staying), tuple(others[: settings.siblings])))
     return targets
+
+
+def anchors(job: Job, settings: Settings = DEFAULT) -> tuple[str, ...]:
+    """What each concept of a job is read as."""
+    return tuple(target.anchor for target in _targets(job, settings))
 
 
 def _twins(job: Job, targets: Sequence[_Target], settings: Settings) -> list[_Twin]:
@@ -268,7 +275,7 @@ def _twins(job: Job, targets: Sequence[_Target], settings: Settings) -> list[_Tw
         company = [targets[(number + 1 + i // len(FRAMES)) % len(targets)].concept.text for i in range(together)]
         framed += [(FRAMES[i % len(FRAMES)], other, *rng.sample(others, 2)) for i, other in enumerate(company)]
         twins += [_twin(target.concept.text, read_as, *frame) for frame in framed]
-        twins += [_twin(word, read_as, *frame) for word in target.synonyms for frame in islice(framed, 0, None, 2)]
+        twins += [_twin(word, read_as, *frame) for word in target.synonyms for frame in framed]
     return twins
 
 
@@ -333,15 +340,22 @@ def _without(job: Job, erased: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     return total.div_(rest), None if pooled is None else pooled.div_(rest)
 
 
-def _staying(job: Job, words: Mapping[str, float]) -> Tensor:
-    """Weighted second moments of prompts about words that must stay, (width, width)."""
-    templates = TEMPLATES[:4]
+def _staying(job: Job, targets: Sequence[_Target], settings: Settings) -> Tensor:
+    """Weighted second moments of prompts about words that must stay, (width, width): those that matter more beside other words as well."""
+    erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
+    others = [word for word in common_words(job.model) if not mentions(word, erased)]
+    light = dict.fromkeys((word for target in targets for word in target.siblings), settings.near)
+    heavy = dict.fromkeys((word for target in targets for word in target.related if word not in erased), settings.related)
+    heavy |= dict.fromkeys(job.keep, settings.keep)
+    prompts = {word: [fill(template, word) for template in TEMPLATES[:4]] for word in light | heavy}
+    for word in heavy if len(others) >= 3 else ():
+        rng = random.Random(f"{job.seed} {word}")
+        prompts[word] += [_twin(word, {}, frame, *rng.sample(others, 3)).ours for frame in STAYING]
     total = torch.zeros(job.width, job.width, dtype=torch.float64)
-    for word in job.texts.ahead(tuple(words), lambda word: [fill(t, word) for t in templates], AHEAD):
-        for template in templates:
-            prompt = job.texts.prompt(template, word)
-            rows = prompt.context[prompt.first :]
-            total.addmm_(rows.T, rows, alpha=words[word] / len(templates))
+    for word in job.texts.ahead(tuple(prompts), prompts.__getitem__, AHEAD):
+        for prompt in prompts[word]:
+            rows = job.texts.context(prompt)[1:]
+            total.addmm_(rows.T, rows, alpha=(light | heavy)[word] / len(prompts[word]))
     return total
 
 

@@ -15,7 +15,6 @@ from .solve import LowRank
 from .texts import Concept, Corpus, Texts, caption_corpus, corpus
 from .words import Words
 
-
 Parts: TypeAlias = Literal["keep", "erase"]
 """What becomes of words that are parts of a concept (robin of bird)."""
 

@@ -1,9 +1,9 @@
 """What a model's own words are to a concept, from its text alone: which say the same, which hold it or are parts of it, which are its kind.
 
-A word is what the model's attention reads of it in a plain prompt (last sub-token and end token, by the Gram matrix of the weights that read
-them), less what a word says on average. Among the words nearest to a concept, what they all share is taken out as well: words that still
-point its way hold the concept or are part of it (bird for robin), another of its kind (raven) does not. Words of a kind take
-the same company, so candidates for an anchor are also compared by how they and other words change one another in a prompt.
+A word is what the model's attention reads of it in a plain prompt (last sub-token and end token, by the Gram matrix of the weights that
+read them), less what a word says on average. Among the words nearest to a concept, what they all share is taken out as well: words that
+still point its way hold the concept or are part of it (bird for robin), another of its kind (raven) does not. Words of a kind take the
+same company, so candidates for an anchor are also compared by how they and other words change one another in a prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMPANIES = 4
 """Prompts of a word in company. Eight find no more words of a concept's kind on the demo model, two a tenth fewer."""
 REFERENCE = 24
 """Words of the vocabulary that say what a word says on average, and that keep company."""
-LOOKED_AT = 64
+LOOKED_AT = 96
 """Words by their token embeddings that are looked at, beside a concept; over all concepts of a call at most ``TOTAL``."""
 TOTAL = 4096
 SYNONYM = 0.33
@@ -77,7 +77,8 @@ class Words:
         """What the model reads of each of ``texts`` in a plain prompt, (len(texts), 2 width), float32: Euclidean distances are those its
         attention makes."""
         listed = list(texts)
-        for text in self.job.texts.ahead([text for text in dict.fromkeys(listed) if text not in self._said], lambda text: [fill(PLAIN, text)]):
+        missing = [text for text in dict.fromkeys(listed) if text not in self._said]
+        for text in self.job.texts.ahead(missing, lambda text: [fill(PLAIN, text)]):
             self._said[text] = self._read(two(self.job.texts.prompt(PLAIN, text)).T)
         return torch.stack([self._said[text] for text in listed]) if listed else torch.zeros(0, 2 * self.job.width)
 
@@ -99,8 +100,8 @@ class Words:
         return self._kin[concept]
 
     def kind(self, concept: str, words: Sequence[str]) -> str:
-        """That of ``words`` which is most of a concept's kind: by what it says and by the company it keeps, of the ``COMPARED`` that say most
-        of what the concept says. Words that say much less than it are not taken while there are others."""
+        """That of ``words`` which is most of a concept's kind: by what it says and by the company it keeps, of the ``COMPARED`` that say
+        most of what the concept says. Words that say much less than it are not taken while there are others."""
         ours, theirs = self.said([concept])[0] - self._average, self.said(words) - self._average
         enough = (theirs.norm(dim=1) >= GENERAL * ours.norm()).nonzero()[:, 0].tolist() or range(len(words))
         cosines = _cosines(theirs, ours)
