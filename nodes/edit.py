@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from comfy_api.latest import io, ui
 
@@ -98,6 +98,15 @@ class EraseConcept(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="For methods that draw at random. The same seed gives the same edit.",
                 ),
+                io.Combo.Input(
+                    "parts",
+                    options=["keep", "erase"],
+                    default="keep",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Words for parts of a concept, such as robin when bird is erased: keep leaves them as they are, as far as it "
+                    "can, erase removes them too. For the method conceptkit.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model without the concepts. LoRAs can be added before and after."),
@@ -122,7 +131,16 @@ class EraseConcept(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, clip: CLIP, concepts: str, keep: str, method: str, strength: float, hard: bool, seed: int
+        cls,
+        model: ModelPatcher,
+        clip: CLIP,
+        concepts: str,
+        keep: str,
+        method: str,
+        strength: float,
+        hard: bool,
+        seed: int,
+        parts: Literal["keep", "erase"] = "keep",
     ) -> io.NodeOutput:
         from ..core.edit import parse_concepts, solve_edit
         from .comfy_model import Progress, check_text, graph_reading, patch_model, send_text
@@ -139,6 +157,7 @@ class EraseConcept(io.ComfyNode):
                 method=method,
                 strength=strength,
                 hard=hard,
+                parts=parts,
                 cache=folder(CACHE),
                 seed=seed,
                 on_step=Progress(node, label="solving"),

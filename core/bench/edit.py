@@ -1,9 +1,8 @@
 """``conceptkit bench edit``: is a concept gone, is everything else still there, can it be brought back, and how long does it take?
 
 Sets: ``erase``, concepts of the demo model by every method; ``speed``, random weights of real sizes against the published loops;
-``joint``, several concepts in one call; ``kinds``, what is read in the
-place of every word of both worlds; ``ablation``, the default method without each of its ingredients; ``certificate``, whether the figure that needs no picture ranks edits as
-the pictures do.
+``joint``, several concepts in one call; ``kinds``, what is read in the place of every word of both worlds; ``ablation``, the default
+method without each of its ingredients; ``certificate``, whether the figure that needs no picture ranks edits as the pictures do.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from .erasure import (
     Case,
     Counts,
     cases,
-    joint_cases,
     measure_ablation,
     measure_before,
     measure_edit,
@@ -414,7 +412,8 @@ def _joint_rows(jobs: Sequence[Job], done: Mapping[str, Result]) -> list[dict[st
         before = known.get((None, count))
         if method is None or before is None:
             continue
-        row: dict[str, Any] = {"set": "joint", "method": method, "concepts": count, "seconds": result["seconds"], "anchors": result["anchors"]}
+        row: dict[str, Any] = {"set": "joint", "method": method, "concepts": count}
+        row |= {"seconds": result["seconds"], "anchors": result["anchors"]}
         intervals: dict[str, Any] = {}
         for name, hits, key in (
             ("presence_before", before, "concept"),
@@ -452,7 +451,8 @@ def _kinds_row(job: Job, words: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many words are read as one of their kind, by role, and what pictures show of that where they were drawn."""
     row: dict[str, Any] = {"set": "kinds", "world": job.arguments["world"], "n": len(words)}
     row["kind"] = statistics.fmean(word["kind"] for word in words)
-    row["roles"] = {role: statistics.fmean(w["kind"] for w in words if w["role"] == role) for role in dict.fromkeys(w["role"] for w in words)}
+    roles = dict.fromkeys(word["role"] for word in words)
+    row["roles"] = {role: statistics.fmean(word["kind"] for word in words if word["role"] == role) for role in roles}
     for key in ("shown", "scene", "same"):
         hits = [hit for word in words for hit in word.get(key, [])]
         row |= {key: statistics.fmean(hits)} if hits else {}

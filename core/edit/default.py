@@ -240,8 +240,8 @@ def _targets(job: Job, settings: Settings) -> list[_Target]:
         if anchor is None:
             free = [word for word in around.others if word not in bound and word not in named]
             for text in texts:
-                alike = words.distances(text, free) <= SYNONYM
-                free = [word for word, near in zip(free, alike.tolist(), strict=True) if not near]
+                distances = words.distances(text, free).tolist()
+                free = [word for word, distance in zip(free, distances, strict=True) if distance > SYNONYM]
             anchor = words.kind(concept.text, free) if free and settings.kind else ""
         alike = words.kin(anchor).synonyms if anchor else ()
         staying = [word for word in dict.fromkeys((*around.bound, *alike)) if word not in (*erased, anchor)]

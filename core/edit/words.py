@@ -122,7 +122,8 @@ class Words:
             return Kin(synonyms)
         rows = self.said(around) - self._average
         beyond = _cosines(rows - rows.mean(0), ours - rows.mean(0)) > BOUND
-        parts, holders = [], []
+        parts: list[str] = []
+        holders: list[str] = []
         for i, held in enumerate(_shares(ours, rows)):
             if held > SHARE:
                 others_rows = torch.cat([ours[None], rows[:i], rows[i + 1 :]])
