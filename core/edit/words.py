@@ -146,7 +146,7 @@ class Words:
     def _templates(self) -> tuple[str, ...]:
         rng = random.Random(0)
         count = COMPANY.count("{") - 1
-        drawn = [rng.sample(self._reference, count) for _ in range(COMPANIES)]
+        drawn = [rng.choices(self._reference, k=count) for _ in range(COMPANIES)]
         return tuple(COMPANY.replace("{}", "{{}}").format(*words) for words in drawn)
 
     @cached_property
