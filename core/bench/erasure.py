@@ -7,7 +7,7 @@ edited model is run in the conditioning form, which equals the weight form (a la
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -144,9 +144,13 @@ def unrelated(world: World, concept: Concept) -> list[str]:
     """Base words, every third, that have nothing to do with the concept: not its make-up, neighbours, synonyms or replacement."""
     word = world.words[concept.text]
     out = {word.text, concept.replacement, *word.related, *word.entailed, *neighbours(world, word)}
+    return _every_third(world, out)
+
+
+def _every_third(world: World, out: Container[str | None]) -> list[str]:
+    """Base words that are not ``out``, every third."""
     roles = world.by_role("shape", "exemplar", "colour", "texture", "background")
-    base = [other.text for other in roles if other.synonym_of is None and other.text not in out]
-    return base[::3]
+    return [other.text for other in roles if other.synonym_of is None and other.text not in out][::3]
 
 
 def _pairs(world: World, word: Word, concept: Concept) -> Iterator[str]:
@@ -304,12 +308,10 @@ JOINT_SETS = ("concept", "synonym", "neighbour", "unrelated")
 def joint_cases(world: World, concepts: Sequence[str], counts: Counts) -> dict[str, list[Case]]:
     """What is drawn of concepts that are erased in one call, by set as in ``cases``: of each a quarter of the pictures, and words that
     survive once for all. Words that change with any of the concepts are in neither of the last two."""
-    from ..edit import Concept
-
     words, each = [world.words[text] for text in concepts], max(1, counts.concept // 4)
     gone = {text for word in words for text in (word.text, *synonyms(world, word.text), *word.related, *word.entailed, *parts(world, word))}
     near = dict.fromkeys(text for word in words for text in neighbours(world, word) if text not in gone)
-    far = set.intersection(*(set(unrelated(world, Concept(word.text))) for word in words)) - gone - set(near)
+    far = _every_third(world, gone | set(near))
     seeds = range(61_000, 61_000 + each)
     return {
         "concept": [Case(TEMPLATE.replace("{}", word.text), seed, word.text) for word in words for seed in seeds],
@@ -320,7 +322,7 @@ def joint_cases(world: World, concepts: Sequence[str], counts: Counts) -> dict[s
             for seed in seeds
         ],
         "neighbour": [Case(TEMPLATE.replace("{}", text), 63_000 + i, text) for text in near for i in range(max(1, counts.neighbour // 3))],
-        "unrelated": [Case(TEMPLATE.replace("{}", text), 64_000 + i, text) for text in sorted(far) for i in range(counts.unrelated)],
+        "unrelated": [Case(TEMPLATE.replace("{}", text), 64_000 + i, text) for text in far for i in range(counts.unrelated)],
     }
 
 
@@ -361,9 +363,11 @@ def measure_kinds(model: str, world: str, pictures: int) -> Result:
 
     loaded, known = _model(model), WORLDS[world]()
     words = [word for word in known.by_role(*KINDS) if word.synonym_of is None]
-    before, found = loaded.meter.evals, []
+    before, found, shared = loaded.meter.evals, [], Job(loaded, ())
     for word in words:
-        (anchor,) = anchors(Job(loaded, (Concept(word.text),)), DEFAULT)
+        job = Job(loaded, (Concept(word.text),))
+        job.texts, job.words = shared.texts, shared.words
+        (anchor,) = anchors(job, DEFAULT)
         row: dict[str, Any] = {"word": word.text, "role": word.role, "anchor": anchor, "kind": of_a_kind(known, word.text, anchor)}
         if pictures:
             listed = [Case(TEMPLATE.replace("{}", word.text), 65_000 + i, word.text) for i in range(pictures)]

@@ -72,6 +72,7 @@ class Words:
     job: Job
     _said: dict[str, Tensor] = field(default_factory=dict)
     _kin: dict[str, Kin] = field(default_factory=dict)
+    _companies: dict[str, Tensor] = field(default_factory=dict)
 
     def said(self, texts: Iterable[str]) -> Tensor:
         """What the model reads of each of ``texts`` in a plain prompt, (len(texts), 2 width), float32: Euclidean distances are those its
@@ -106,7 +107,8 @@ class Words:
         enough = (theirs.norm(dim=1) >= GENERAL * ours.norm()).nonzero()[:, 0].tolist() or range(len(words))
         cosines = _cosines(theirs, ours)
         best = sorted(enough, key=lambda i: -float(cosines[i]))[:COMPARED]
-        kept = torch.stack([self._company(words[i]) for i in self.job.texts.ahead(best, lambda i: self._companies(words[i]), AHEAD)])
+        near = [words[i] for i in best]
+        kept = torch.stack([self._company(word) for word in self.job.texts.ahead(near, self._in_company, AHEAD)])
         company = torch.cat([kept, self._company(concept)[None]])
         company = company - company.mean(0)
         return words[best[int((cosines[best] + _cosines(company[:-1], company[-1])).argmax())]]
@@ -135,19 +137,23 @@ class Words:
 
     def _company(self, word: str) -> Tensor:
         """How a word changes those around it and they it: what is encoded from it on, in company, less the mean of all its companies."""
+        if word not in self._companies:
+            self._companies[word] = self._changed(word)
+        return self._companies[word]
+
+    def _changed(self, word: str) -> Tensor:
         prompts = [self.job.texts.prompt(template, word) for template in self._templates]
         rows = torch.stack([self._read(prompt.context[prompt.last : prompt.end + 3]) for prompt in prompts])
         return (rows - rows.mean(0)).flatten()
 
-    def _companies(self, word: str) -> list[str]:
-        return [fill(template, word) for template in self._templates]
+    def _in_company(self, word: str) -> list[str]:
+        return [] if word in self._companies else [fill(template, word) for template in self._templates]
 
     @cached_property
     def _templates(self) -> tuple[str, ...]:
-        rng = random.Random(0)
         count = COMPANY.count("{") - 1
-        drawn = [rng.choices(self._reference, k=count) for _ in range(COMPANIES)]
-        return tuple(COMPANY.replace("{}", "{{}}").format(*words) for words in drawn)
+        others = (self._reference * count * COMPANIES)[: count * COMPANIES]
+        return tuple(COMPANY.replace("{}", "{{}}").format(*others[i : i + count]) for i in range(0, len(others), count))
 
     @cached_property
     def _reference(self) -> list[str]:
