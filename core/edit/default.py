@@ -23,7 +23,7 @@ from torch import Tensor
 from .job import Job, Solution
 from .report import Adversary, distortion, trace
 from .solve import LowRank, Problem, annihilate, minimise
-from .texts import TEMPLATES, Concept, common_words, fill, mentions
+from .texts import TEMPLATES, Concept, common_words, fill, mentions, words_of
 from .words import PLAIN, SYNONYM, two
 
 FRAMES = (
@@ -221,7 +221,9 @@ def _targets(job: Job, settings: Settings) -> list[_Target]:
     """
     words, texts = job.words, [concept.text for concept in job.concepts]
     kin = [words.kin(text) for text in texts]
-    named = {text.lower() for concept in job.concepts for text in (concept.text, concept.replacement or "")} | {w.lower() for w in job.keep}
+    # The words of a phrase say other things by themselves: they neither go with it nor take its place.
+    named = {word for text in texts for word in words_of(text)} | {word.lower() for word in job.keep}
+    named |= {text.lower() for concept in job.concepts for text in (concept.text, concept.replacement or "")}
     along: dict[str, int] = {}
     for number, (text, around) in enumerate(zip(texts, kin, strict=True)):
         mine = [*(around.synonyms if settings.synonyms else ()), *(around.parts if job.parts == "erase" else ())]

@@ -112,9 +112,9 @@ def test_what_is_drawn_instead_is_counted_by_role() -> None:
     kinds = (("shape", True), ("shape", True), ("style", False), ("style", False))
     words = [{"word": f"word {i}", "role": role, "anchor": "x", "kind": kind} for i, (role, kind) in enumerate(kinds)]
     (row,) = [row for row in suite.rows({job.key: {"words": words, "evals": 0}}, frozenset()) if row["set"] == "kinds"]
-    assert row["kind"] == 0.5 and row["roles"] == {"shape": 1, "style": 0} and "scene" not in row
-    (bar,) = [bar for bar in suite.bars([row]) if "of its kind" in bar.bar]
-    assert not bar.met
+    assert row["kind"] == 0.5 and row["plain"] == 1 and row["roles"] == {"shape": 1, "style": 0} and "scene" not in row
+    (bar,) = [bar for bar in suite.bars([row]) if "read as one" in bar.bar]
+    assert bar.met
 
 
 def test_concepts_are_of_many_kinds_and_some_are_replaced() -> None:

@@ -86,15 +86,21 @@ def test_of_any_concepts_none_takes_another_s_place(asked: Callable[..., Job], c
 def test_what_is_drawn_instead_is_of_the_concept_s_kind(model: str, world: str, before: float) -> None:
     """before: what the word that costs other texts least reached, of those as far from the concept as now."""
     words = measure_kinds(model, world, 0)["words"]
-    shares = {role: [word["kind"] for word in words if word["role"] == role] for role in ("shape", "exemplar", "occupation")}
+    plain = [word["kind"] for word in words if word["role"] in ("shape", "exemplar", "occupation")]
     assert sum(word["kind"] for word in words) / len(words) >= before + 0.2
-    assert all(sum(kinds) / len(kinds) >= 0.6 for kinds in shares.values())
+    assert sum(plain) / len(plain) >= 0.75
 
 
 def test_words_that_were_read_as_another_kind(asked: Callable[..., Job]) -> None:
     for concept in ("doctor", "moon", "heart", "castle"):
         (anchor,) = anchors(asked([concept]))
         assert of_a_kind(WORLD, concept, anchor), f"{concept} is read as {anchor}"
+
+
+def test_the_words_of_a_phrase_neither_go_with_it_nor_take_its_place(asked: Callable[..., Job]) -> None:
+    for phrase in ("red circle", "circle and square"):
+        (target,) = _targets(asked([phrase]), DEFAULT)
+        assert target.anchor and not {target.anchor, *target.synonyms} & set(phrase.split())
 
 
 def test_a_kind_is_a_role_without_what_is_part_of_it() -> None:
