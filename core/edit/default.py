@@ -60,12 +60,13 @@ class Settings:
 
     said, padding: of a concept's positions, from its last sub-token to the end token, and after. frames: prompts with other words.
     synonyms: whether words that say the same go with a concept. kind: whether a word of its kind is read in its place, or nothing.
-    siblings: words near a concept that stay, each with weight ``near``. related: weight of those that say something of its own (its
-    parts, what holds it) or the same as what is read in its place. keep: weight of a word to keep. ridge: relative to the captions' mean
-    size. target, budget: the weight of captions is the largest, of ``least`` to ``most``, that leaves ``target`` of a concept, unless
-    captions then change by more than ``budget``. derived, rounds: weight and rounds of derived columns (none by default). null: share of
-    the width that the empty prompt's exact directions may take up: all there are where the text is 608 wide, the main ones where it is
-    narrower; empty: weight of the rest. rank (more for many concepts), tolerance: of the edit as it is kept.
+    siblings: words near a concept that stay, each with weight ``near``, those of more weight among them. related: weight of those that
+    say something of its own (its parts, what holds it) or the same as what is read in its place. keep: weight of a word to keep. ridge:
+    relative to the captions' mean size. target, budget: the weight of captions is the largest, of ``least`` to ``most``, that leaves
+    ``target`` of a concept, unless captions then change by more than ``budget``. derived, rounds: weight and rounds of derived columns
+    (none by default). null: share of the width that the empty prompt's exact directions may take up: all there are where the text is 608
+    wide, the main ones where it is narrower; empty: weight of the rest. rank (more for many concepts), tolerance: of the edit as it is
+    kept.
     """
 
     said: float = 1.0
@@ -236,14 +237,13 @@ def _targets(job: Job, settings: Settings) -> list[_Target]:
                 along[word] = number
     erased = {text.lower() for text in texts} | set(along)
     bound = {word for around in kin for word in (*around.synonyms, *around.bound)} | erased
+    listed = [word for word in dict.fromkeys(word for around in kin for word in around.others) if word not in bound and word not in named]
+    apart = {word for word, distance in zip(listed, words.clearance(texts, listed).tolist(), strict=True) if distance > SYNONYM}
     targets = []
     for number, (concept, around) in enumerate(zip(job.concepts, kin, strict=True)):
         anchor = concept.replacement
         if anchor is None:
-            free = [word for word in around.others if word not in bound and word not in named]
-            for text in texts:
-                distances = words.distances(text, free).tolist()
-                free = [word for word, distance in zip(free, distances, strict=True) if distance > SYNONYM]
+            free = [word for word in around.others if word in apart]
             anchor = words.kind(concept.text, free) if free and settings.kind else ""
         alike = words.kin(anchor).synonyms if anchor else ()
         staying = [word for word in dict.fromkeys((*around.bound, *alike)) if word not in (*erased, anchor)]
@@ -251,7 +251,8 @@ def _targets(job: Job, settings: Settings) -> list[_Target]:
         away = dict(zip(others, words.distances(concept.text, others).tolist(), strict=True))
         others.sort(key=away.__getitem__)
         synonyms = tuple(word for word, owner in along.items() if owner == number)
-        targets.append(_Target(concept, synonyms, anchor, tuple(staying), tuple(others[: settings.siblings])))
+        rest = max(0, settings.siblings - len(staying))
+        targets.append(_Target(concept, synonyms, anchor, tuple(staying) if settings.related else (), tuple(others[:rest])))
     return targets
 
 

@@ -88,6 +88,12 @@ class Words:
         ours, nothing = self.said([concept, ""])
         return (self.said(texts) - ours).norm(dim=1) / (ours - nothing).norm().clamp_min(1e-12)
 
+    def clearance(self, concepts: Sequence[str], texts: Sequence[str]) -> Tensor:
+        """The distance of each of ``texts`` from the nearest of ``concepts``, each by its own measure, (len(texts),)."""
+        ours = self.said(concepts)
+        sizes = (ours - self.said([""])).norm(dim=1).clamp_min(1e-12)
+        return (torch.cdist(self.said(texts), ours, compute_mode="donot_use_mm_for_euclid_dist") / sizes).amin(1)
+
     def looked_at(self, concept: str) -> list[str]:
         """The words nearest to a concept by their token embeddings, itself left out."""
         limit = max(COMPARED, min(LOOKED_AT, TOTAL // max(1, len(self.job.concepts))))
