@@ -426,6 +426,9 @@ def _joint_rows(jobs: Sequence[Job], done: Mapping[str, Result]) -> list[dict[st
         for key in ("neighbour", "unrelated"):
             lost = [earlier - later for earlier, later in zip(before["hits"][key], result["hits"][key], strict=True)]
             row[f"{key}_drop"], intervals[f"{key}_drop"] = _mean(lost)
+        # A picture of a colour shows some shape, erased or not: what counts is that there are no more of them.
+        more = [later - earlier for earlier, later in zip(before["hits"]["mistaken"], result["hits"]["mistaken"], strict=True)]
+        row["mistaken_rise"], intervals["mistaken_rise"] = _mean(more)
         each = len(result["hits"]["concept"]) // count
         words = next(job.arguments["concepts"] for job in jobs if len(job.arguments["concepts"]) == count)
         shown = [statistics.fmean(result["hits"]["concept"][i * each : (i + 1) * each]) for i in range(count)]
@@ -439,7 +442,7 @@ def _joint_bars(row: Mapping[str, Any]) -> Iterable[Bar]:
     count = row["concepts"]
     for name, label, limit in (
         ("presence_after", "each is drawn after", 0.05),
-        ("mistaken_after", "another of them is drawn instead", 0.05),
+        ("mistaken_rise", "another of them is drawn instead, more than before", 0.05),
         ("synonym_after", "under synonyms", 0.05),
         ("unrelated_drop", "unrelated words lose", 0.03),
         ("neighbour_drop", "nearest neighbours lose", 0.05 if count < 10 else 0.1),

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 BATCH = 16
 """Prompts a call."""
-MEMORY = 1 << 25
+MEMORY = 24 << 20
 """Bytes of contexts that are kept for another question: all prompts of one concept in the demo model, half of them in SD 1.5. Encoding is
 most of what an edit costs."""
 

@@ -74,11 +74,25 @@ class _Encoder:
             )
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.layer_norm2(x))
+            x = x + _mlp(layer.mlp, layer.layer_norm2(x))
             if index == self.layers - 1:
                 context = x
         last = self.core.final_layer_norm(x)
         return (self.core.final_layer_norm(context) if self.final_norm else context), last
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """``mlp(x)``, bit for bit; where no gradient is wanted CLIP's activation x sigmoid(1.702 x) is computed in place.
+
+    That is a quarter of the time of encoding on a CPU, which spends it on getting memory for what lives for one product.
+    """
+    hidden: Tensor = mlp.fc1(x)
+    if torch.is_grad_enabled() or mlp.config.hidden_act != "quick_gelu":
+        hidden = mlp.activation_fn(hidden)
+    else:
+        hidden.mul_((hidden * 1.702).sigmoid_())
+    out: Tensor = mlp.fc2(hidden)
+    return out
 
 
 class DiffusersText:
@@ -141,22 +155,28 @@ class DiffusersText:
         table = encoder.table
         ids: list[int] = []  # -1 where a slot stands
         parts: list[Tensor] = []
+        looked_up = 0
 
-        def add(tokens: list[int]) -> None:
-            ids.extend(tokens)
-            parts.append(table[torch.tensor(tokens, dtype=torch.long, device=table.device)][None])
+        def look_up() -> None:
+            """The embeddings of the tokens since the last slot, all at once."""
+            nonlocal looked_up
+            parts.append(table[torch.tensor(ids[looked_up:], dtype=torch.long, device=table.device)][None])
+            looked_up = len(ids)
 
-        add([self._start])
+        ids.append(self._start)
         for piece in (prompt,) if isinstance(prompt, str) else prompt:
             if isinstance(piece, str):
-                add(self._ids(piece))
+                ids.extend(self._ids(piece))
             else:
+                look_up()
                 rows = _slot_rows(piece, encoder.name, table)
                 ids.extend([-1] * rows.shape[1])
+                looked_up = len(ids)
                 parts.append(rows)
         _check_length(len(ids) - 1)
         end = len(ids)
-        add([self._end] + [encoder.pad] * (LENGTH - 1 - end))
+        ids.extend([self._end] + [encoder.pad] * (LENGTH - 1 - end))
+        look_up()
         batches = {len(part) for part in parts} - {1}
         if len(batches) > 1:
             raise ValueError(f"slots of one prompt have different batch sizes {sorted(batches)}: give them the same")

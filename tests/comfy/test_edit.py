@@ -205,7 +205,7 @@ def test_the_report_of_any_edit(comfy, untouched):
     assert figures["concepts"][0]["trace"] == pytest.approx(0.5, abs=0.2)
     assert [word["word"] for word in figures["kept"]] == ["ring", "moon"]
     assert outputs["own"]["text"][0].startswith("circle -> square: method conceptkit")
-    assert "closes the words, not the memory" in outputs["text"]["text"][0]
+    assert "blocks prompts, not the model's knowledge" in outputs["text"]["text"][0]
     (image,) = outputs["chart"]["images"]
     assert Image.open(comfy.base / "temp" / image["filename"]).size[0] == 1200
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, LowRank, lora_tensors, parse_concepts, report_edit, save_lora, solve_edit
+from conceptkit.core.edit import texts as texts_module
 from conceptkit.core.edit import words as words_module
 from conceptkit.core.edit.default import Settings, _block, _null, _twin, conceptkit
 from conceptkit.core.edit.edit import single
@@ -729,6 +730,51 @@ def test_texts_are_read_ahead_in_order(model):
     for number in texts.ahead(range(7), lambda number: [f"a {number}", "a car"], 3):
         asked.append((number, texts.encodes))
     assert asked == [(0, 4), (1, 4), (2, 4), (3, 7), (4, 7), (5, 7), (6, 8)]
+
+
+class Counting:
+    """A text encoder that notes what it is asked."""
+
+    def __init__(self, text: object) -> None:
+        self._text, self.prompts, self.tokenized = text, [], []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._text, name)
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        self.prompts += prompts
+        return self._text.encode(prompts)
+
+    def tokenize(self, text: str) -> list[int]:
+        self.tokenized.append(text)
+        return self._text.tokenize(text)
+
+
+def test_nothing_is_encoded_or_tokenised_twice_where_it_fits_in_memory(model, tmp_path):
+    """But for the captions, whose second moments must not depend on what else was encoded: once a checkpoint."""
+    text = Counting(model.text)
+    solve_edit(replace(model, text=text), ["circle"], captions=CAPTIONS, cache=tmp_path)
+    text.prompts.clear()
+    edit = solve_edit(replace(model, text=text), ["circle"], captions=CAPTIONS, cache=tmp_path)
+    assert edit.report and len(text.prompts) == len(set(text.prompts))
+    text.tokenized.clear()
+    texts = Texts(text)
+    for template in ("{}", "a {}", "a {}"):
+        texts.prompt(template, "car")
+    assert sorted(text.tokenized) == ["a", "a car", "car"]
+
+
+def test_an_edit_is_the_same_whatever_fits_in_memory(model, monkeypatch):
+    """To rounding: what is encoded beside a prompt may change its last bit."""
+    whole = solve_edit(model, ["circle -> square", "robin"], captions=CAPTIONS)
+    monkeypatch.setattr(texts_module, "MEMORY", 1)
+    monkeypatch.setattr(texts_module, "BATCH", 3)
+    part = solve_edit(model, ["circle -> square", "robin"], captions=CAPTIONS)
+    assert (part.anchors, part.synonyms, part.rank) == (whole.anchors, whole.synonyms, whole.rank)
+    difference = matrix(part.context) - matrix(whole.context)
+    assert float(difference.norm()) < 1e-3 * float(whole.context.delta().norm())
+    for one, other in zip(part.report.concepts, whole.report.concepts, strict=True):
+        assert one.trace == pytest.approx(other.trace, abs=1e-4)
 
 
 def test_protocols(model):

@@ -235,6 +235,17 @@ def test_slots_stand_for_words(model: Model) -> None:
     torch.testing.assert_close(batched.context[1], words.context[1])
 
 
+def test_without_gradients_a_text_is_encoded_the_same_bit_for_bit(model: Model) -> None:
+    slot = {name: table[:2].clone().requires_grad_() for name, table in model.text.tables.items()}
+    prompts = ["a photo of a cat", "", ["a ", slot, " dog"]]
+    with torch.enable_grad():
+        expected = model.text.encode(prompts)
+    with torch.no_grad():
+        found = model.text.encode(prompts)
+    assert expected.context.requires_grad and torch.equal(found.context, expected.context)
+    assert found.pooled is None or torch.equal(found.pooled, expected.pooled)
+
+
 def test_gradients_of_the_text(model: Model, pipe: diffusers.DiffusionPipeline, family: str) -> None:
     """To a slot: what autograd of transformers' own forward gives for the row of the embedding table."""
     direction = noise(1, 77, sum(table.shape[1] for table in model.text.tables.values()))
