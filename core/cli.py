@@ -261,6 +261,9 @@ def erase(
     method: Annotated[str, typer.Option(help="conceptkit, or a published method to compare with.")] = "conceptkit",
     strength: Annotated[float, typer.Option(help="1 erases, 0 changes nothing.")] = 1.0,
     hard: Annotated[bool, typer.Option("--hard", help="No embedding at all is read as exactly the concept afterwards.")] = False,
+    parts: Annotated[
+        Literal["keep", "erase"], typer.Option(help="Words for parts of a concept, such as robin when bird is erased.")
+    ] = "keep",
     precision: Annotated[Literal["fp16", "fp32"], typer.Option(help="Of the LoRA's numbers.")] = "fp16",
     edit_file: Annotated[Path | None, typer.Option("--edit", help="A file to keep the edit itself in, for `conceptkit report`.")] = None,
     pictures: Annotated[Path | None, typer.Option(help="A folder for pictures of each concept, before and after.")] = None,
@@ -284,7 +287,18 @@ def erase(
     _check_free([out, *([] if edit_file is None else [edit_file]), *sheets], overwrite)
     loaded = _load(model, device)
     with _Bar("solving") as bar:
-        edit = solve_edit(loaded, asked, keep=keep, method=method, strength=strength, hard=hard, cache=cache, seed=seed, on_step=bar)
+        edit = solve_edit(
+            loaded,
+            asked,
+            keep=keep,
+            method=method,
+            strength=strength,
+            hard=hard,
+            parts=parts,
+            cache=cache,
+            seed=seed,
+            on_step=bar,
+        )
     dtype = torch.float16 if precision == "fp16" else torch.float32
     save_lora(edit, cross_attention(loaded), out, dtype=dtype, overwrite=True)
     if edit_file is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from comfy_api.latest import io, ui
 
@@ -117,6 +117,15 @@ class EraseConcept(io.ComfyNode):
                     control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Seed of the methods that sample at random. The same seed gives the same edit.",
                 ),
+                io.Combo.Input(
+                    "parts",
+                    options=["keep", "erase"],
+                    default="keep",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Words for parts of a concept, such as robin when bird is erased: keep leaves them as they are, as far as it "
+                    "can, erase removes them too. For the method conceptkit.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model without the concepts. LoRAs can be added before and after."),
@@ -144,7 +153,16 @@ class EraseConcept(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, clip: CLIP, concepts: str, keep: str, method: str, strength: float, hard: bool, seed: int
+        cls,
+        model: ModelPatcher,
+        clip: CLIP,
+        concepts: str,
+        keep: str,
+        method: str,
+        strength: float,
+        hard: bool,
+        seed: int,
+        parts: Literal["keep", "erase"] = "keep",
     ) -> io.NodeOutput:
         from ..core.edit import solve_edit
         from ..core.phrases import parse_concepts, parse_list
@@ -162,6 +180,7 @@ class EraseConcept(io.ComfyNode):
                 method=method,
                 strength=strength,
                 hard=hard,
+                parts=parts,
                 cache=folder(CACHE),
                 seed=seed,
                 on_step=Progress(node, label="solving"),

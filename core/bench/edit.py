@@ -1,8 +1,8 @@
 """``conceptkit bench edit``: is a concept gone, is everything else still there, can it be brought back, and how long does it take?
 
 Sets: ``erase``, concepts of the demo model by every method; ``speed``, random weights of real sizes against the published loops;
-``ablation``, the default method without each of its ingredients; ``certificate``, whether the figure that needs no picture ranks edits as
-the pictures do.
+``joint``, several concepts in one call; ``kinds``, what is read in the place of every word of both worlds; ``ablation``, the default
+method without each of its ingredients; ``certificate``, whether the figure that needs no picture ranks edits as the pictures do.
 """
 
 from __future__ import annotations
@@ -15,10 +15,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..demo.world import shapes_world
+from ..demo.world import second_world, shapes_world
 from .decompose import _digest, weights_digest
 from .edit_speed import COLUMNS, measure_speed, measure_verb
-from .erasure import ABLATIONS, Case, Counts, cases, measure_ablation, measure_before, measure_edit, planned
+from .erasure import (
+    ABLATIONS,
+    KINDS,
+    STEPS,
+    Case,
+    Counts,
+    cases,
+    measure_ablation,
+    measure_before,
+    measure_edit,
+    measure_joint,
+    measure_kinds,
+    planned,
+    planned_joint,
+)
 from .frame import Bar, Job, Profile, Result
 
 if TYPE_CHECKING:
@@ -29,37 +43,48 @@ QUICK_METHODS = (DEFAULT, "uce-2025", "rece-objects", "dp", "trce", "rece")
 """In order of importance. rece-objects is RECE as its README has it for objects and styles; rece is its recipe for nudity, a second row."""
 CONCEPTS = ("circle -> square", "red -> green", "robin", "gothic")
 MORE_CONCEPTS = ("star", "blue -> yellow", "apple -> car", "castle", "bird -> flower", "joy", "festive")
-SETS = ("concept", "synonym", "pair", "neighbour", "unrelated", "derived", "learned")
-BEFORE = (*SETS[:5], "chance", "replacement", "learned")
-ABLATED = ("concept", "synonym", "pair", "neighbour", "derived")
+DRAWN = ("concept", "synonym", "attributed", "pair", "instead", "part", "neighbour", "unrelated")
+SETS = (*DRAWN, "derived", "learned")
+BEFORE = (*DRAWN, "chance", "replacement", "learned")
+SURVIVE = ("instead", "part", "neighbour", "unrelated")
+"""Sets of words that must be drawn as before."""
+ABLATED = ("concept", "synonym", "attributed", "pair", "instead", "part", "neighbour", "derived")
 """What is drawn with each ablation, of the concepts of ``quick``."""
+JOINT = (
+    ("circle", "square"),
+    ("circle", "square", "robin", "raven", "doctor"),
+    ("circle", "square", "robin", "raven", "doctor", "driver", "red", "daisy", "car", "truck"),
+)
+"""Concepts of one call, pairs among them that are each other's nearest words."""
+JOINT_METHODS = (DEFAULT, "uce-2025")
 CERTIFIED = MORE_CONCEPTS[:4]
 """Of which ``quick`` draws the derived attack alone, for the certificate."""
 STRENGTHS = (0.25, 0.5, 0.75)
 """Of the default method, further edits for the certificate."""
 THREADS = 2
 """Of the speed measurements, ours and the published loops' alike."""
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever what a job measures changes, so that older results are not taken for it."""
 CERTIFICATE = "erase, for the certificate"
-_CODE = ("default.py", "edit.py", "erase.py", "job.py", "layers.py", "presets.py", "report.py", "solve.py", "texts.py")
+_CODE = ("default.py", "edit.py", "erase.py", "job.py", "layers.py", "presets.py", "report.py", "solve.py", "texts.py", "words.py")
 
 
 @dataclass(frozen=True)
 class Size:
     """How much a profile measures. counts, ablation: pictures, and those of the ablation; official_layers: layers of each height that the
-    published loops are timed on."""
+    published loops are timed on. kinds: pictures of each word that something else is drawn for."""
 
     concepts: tuple[str, ...]
     counts: Counts
     ablation: Counts
     official_layers: int
+    kinds: int
     limit: int | None
 
 
 SIZES: Mapping[Profile, Size] = {
-    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), Counts(20, 6, 0, 8, 0), 2, 150_000),
-    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), Counts(64, 24, 0, 32, 0), 1000, None),
+    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), Counts(20, 6, 0, 8, 0), 2, 0, 150_000),
+    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), Counts(64, 24, 0, 32, 0), 1000, 8, None),
 }
 
 
@@ -94,6 +119,8 @@ class EditSuite:
         jobs = [self._speed(size) for size in ("sd15", "sdxl")] + [self._verb()]
         jobs += [self._erase(DEFAULT, concept) for concept in self.size.concepts if DEFAULT in self.measured]
         jobs += [self._before(concept) for concept in self.size.concepts]
+        jobs += [self._kinds(world) for world in ("shapes", "second") if DEFAULT in self.measured]
+        jobs += [self._joint(method, call) for method in (DEFAULT, None, *JOINT_METHODS[1:]) if self._asked(method) for call in JOINT]
         jobs += [self._erase(method, concept) for method in self.measured if method != DEFAULT for concept in self.size.concepts]
         if self.profile == "quick":
             jobs += [self._certified(method, concept) for method in self.measured for concept in CERTIFIED]
@@ -115,7 +142,7 @@ class EditSuite:
         asked = {"method": method, "concept": concept, "strength": strength, "hard": hard}
         default, further = method == DEFAULT, hard or strength != 1
         # Learning costs most, and is what the default is judged by; of edits for the certificate alone only the attacks are drawn.
-        sets = SETS[5:] if further else SETS if default or self.profile == "full" else SETS[:-1]
+        sets = ("derived", "learned") if further else SETS if default or self.profile == "full" else SETS[:-1]
         part = CERTIFICATE if further else f"erase, {method}"
         return self._edited(part, measure_edit, asked, self.size.counts, sets, baseline=not default)
 
@@ -139,9 +166,30 @@ class EditSuite:
         baseline: bool = False,
     ) -> Job:
         evals = planned(shapes_world(), _concept(asked["concept"]), counts, sets)
-        code = tuple(_digest(Path(__file__).parents[1] / "edit" / name) for name in _CODE)
         asked |= {"counts": asdict(counts), "sets": list(sets)}
-        return Job(part, measure, self._on_demo(asked), evals, (str(PROTOCOL), weights_digest(self.model), *code), baseline=baseline)
+        key = (str(PROTOCOL), weights_digest(self.model), *self._digests)
+        return Job(part, measure, self._on_demo(asked), evals, key, baseline=baseline)
+
+    def _asked(self, method: str | None) -> bool:
+        return method is None or (method in self.measured and (method == DEFAULT or self.profile == "full"))
+
+    def _joint(self, method: str | None, call: Sequence[str]) -> Job:
+        evals = planned_joint(shapes_world(), call, self.size.counts)
+        asked = self._on_demo({"method": method, "concepts": list(call), "counts": asdict(self.size.counts)})
+        part = "joint, before" if method is None else f"joint, {method}"
+        code = () if method is None else self._digests
+        return Job(part, measure_joint, asked, evals, (str(PROTOCOL), weights_digest(self.model), *code), baseline=method != DEFAULT)
+
+    def _kinds(self, world: str) -> Job:
+        known, model = (shapes_world(), self.model) if world == "shapes" else (second_world(), "demo-second")
+        words = [word for word in known.by_role(*KINDS) if word.synonym_of is None]
+        asked = {"model": model, "world": world, "pictures": self.size.kinds}
+        evals = 2 * STEPS * self.size.kinds * len(words)
+        return Job("kinds", measure_kinds, asked, evals, (str(PROTOCOL), weights_digest(model), *self._digests), baseline=False)
+
+    @property
+    def _digests(self) -> tuple[str, ...]:
+        return tuple(_digest(Path(__file__).parents[1] / "edit" / name) for name in _CODE)
 
     def _before(self, concept: str) -> Job:
         evals = planned(shapes_world(), _concept(concept), self.size.counts, BEFORE)
@@ -169,6 +217,8 @@ class EditSuite:
             mine = [job for job in edits if job.part == f"erase, {method}"]
             if mine:
                 rows.append(_erase_row("erase", method, mine, done, before, cached))
+        rows += _joint_rows([job for job in self._jobs if job.measure is measure_joint], done)
+        rows += [_kinds_row(job, done[job.key]["words"]) for job in self._jobs if job.measure is measure_kinds and job.key in done]
         for name in self._ablations:
             mine = [job for job in self._jobs if job.measure is measure_ablation and job.arguments["method"] == name and job.key in done]
             if mine:
@@ -191,6 +241,12 @@ class EditSuite:
         erased = next((row for row in rows if (row["set"], row.get("method")) == ("erase", DEFAULT)), None)
         speeds = {row["size"]: row for row in rows if row["set"] == "speed"}
         bars = [] if erased is None else list(_erase_bars(erased))
+        bars += [bar for row in rows if (row["set"], row.get("method")) == ("joint", DEFAULT) for bar in _joint_bars(row)]
+        bars += [
+            Bar(f"{row['world']}: shapes, things and people are read as one, at least 0.75", f"{row['plain']:.3f}", row["plain"] >= 0.75)
+            for row in rows
+            if row["set"] == "kinds"
+        ]
         bars += [bar for size, row in speeds.items() for bar in _speed_bars(size, row)]
         certificate = next((row for row in rows if row["set"] == "certificate"), None)
         if certificate is not None:
@@ -221,7 +277,7 @@ class _Seen:
 def _seen(job: Job, done: Mapping[str, Result]) -> _Seen:
     hits = done[job.key]["hits"]
     listed = cases(shapes_world(), _concept(job.arguments["concept"]), Counts(**job.arguments["counts"]))
-    return _Seen(hits, {key: dict(zip(listed[key], hits[key], strict=True)) for key in ("neighbour", "unrelated") if key in hits})
+    return _Seen(hits, {key: dict(zip(listed[key], hits[key], strict=True)) for key in SURVIVE if key in hits})
 
 
 _PRESENCES = (
@@ -229,6 +285,8 @@ _PRESENCES = (
     ("presence_after", 1, "concept"),
     ("synonym_before", 0, "synonym"),
     ("synonym_after", 1, "synonym"),
+    ("attributed_before", 0, "attributed"),
+    ("attributed_after", 1, "attributed"),
     ("pair_before", 0, "pair"),
     ("pair_after", 1, "pair"),
     ("chance", 0, "chance"),
@@ -252,7 +310,7 @@ def _erase_row(
     for name, side, key in _PRESENCES:
         row[name], intervals[name] = _presence([hit for seen in sides[side] for hit in seen.hits.get(key, [])])
     drops = [_drops(before.get(name), seen) for name, seen in zip(names, sides[1], strict=True)]
-    for key in ("unrelated", "neighbour"):
+    for key in SURVIVE:
         row[f"{key}_drop"], intervals[f"{key}_drop"] = _mean([drop for each in drops for drop in each.get(key, [])])
     row["seconds"] = statistics.fmean([done[job.key]["seconds"] for job in jobs])
     row["rank"] = statistics.fmean([done[job.key]["rank"] for job in jobs])
@@ -347,14 +405,77 @@ def _certificate_row(results: Sequence[Result]) -> list[dict[str, Any]]:
     return [row] if row["rank_corr"] is not None else []
 
 
+def _joint_rows(jobs: Sequence[Job], done: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """A row a method and call: presence of the concepts and of one another, and what others lose, before and after alike."""
+    known = {(job.arguments["method"], len(job.arguments["concepts"])): done[job.key] for job in jobs if job.key in done}
+    rows = []
+    for (method, count), result in known.items():
+        before = known.get((None, count))
+        if method is None or before is None:
+            continue
+        row: dict[str, Any] = {"set": "joint", "method": method, "concepts": count}
+        row |= {"seconds": result["seconds"], "anchors": result["anchors"]}
+        intervals: dict[str, Any] = {}
+        for name, hits, key in (
+            ("presence_before", before, "concept"),
+            ("presence_after", result, "concept"),
+            ("mistaken_before", before, "mistaken"),
+            ("mistaken_after", result, "mistaken"),
+            ("synonym_after", result, "synonym"),
+        ):
+            row[name], intervals[name] = _presence(hits["hits"][key])
+        for key in ("neighbour", "unrelated"):
+            lost = [earlier - later for earlier, later in zip(before["hits"][key], result["hits"][key], strict=True)]
+            row[f"{key}_drop"], intervals[f"{key}_drop"] = _mean(lost)
+        # A picture of a colour shows some shape, erased or not: what counts is that there are no more of them.
+        more = [later - earlier for earlier, later in zip(before["hits"]["mistaken"], result["hits"]["mistaken"], strict=True)]
+        row["mistaken_rise"], intervals["mistaken_rise"] = _mean(more)
+        each = len(result["hits"]["concept"]) // count
+        words = next(job.arguments["concepts"] for job in jobs if len(job.arguments["concepts"]) == count)
+        shown = [statistics.fmean(result["hits"]["concept"][i * each : (i + 1) * each]) for i in range(count)]
+        row["each"] = [{"concept": word, "after": {"concept": share}} for word, share in zip(words, shown, strict=True)]
+        rows.append({**row, "intervals": intervals})
+    return rows
+
+
+def _joint_bars(row: Mapping[str, Any]) -> Iterable[Bar]:
+    """Those of one concept, but for neighbours: of ten concepts in a text 96 wide, every tenth direction is taken."""
+    count = row["concepts"]
+    for name, label, limit in (
+        ("presence_after", "each is drawn after", 0.05),
+        ("mistaken_rise", "another of them is drawn instead, more than before", 0.05),
+        ("synonym_after", "under synonyms", 0.05),
+        ("unrelated_drop", "unrelated words lose", 0.03),
+        ("neighbour_drop", "nearest neighbours lose", 0.05 if count < 10 else 0.1),
+    ):
+        yield Bar(f"{count} at once: {label}, at most {limit:g}", _figure(row, name), None if row[name] is None else row[name] <= limit)
+
+
+def _kinds_row(job: Job, words: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many words are read as one of their kind, by role, and what pictures show of that where they were drawn."""
+    row: dict[str, Any] = {"set": "kinds", "world": job.arguments["world"], "n": len(words)}
+    row["kind"] = statistics.fmean(word["kind"] for word in words)
+    # Of moods, styles and words for two things at once no two are quite of a kind.
+    row["plain"] = statistics.fmean(word["kind"] for word in words if word["role"] in ("shape", "exemplar", "occupation"))
+    roles = dict.fromkeys(word["role"] for word in words)
+    row["roles"] = {role: statistics.fmean(word["kind"] for word in words if word["role"] == role) for role in roles}
+    for key in ("shown", "scene", "same"):
+        hits = [hit for word in words for hit in word.get(key, [])]
+        row |= {key: statistics.fmean(hits)} if hits else {}
+    return {**row, "each": {word["word"]: word["anchor"] for word in words}}
+
+
 def _erase_bars(row: Mapping[str, Any]) -> Iterable[Bar]:
     for name, label, met in (
         ("presence_before", "the concept is drawn before, at least 0.9", lambda x: x >= 0.9),
         ("presence_after", "the concept is drawn after, at most 0.05", lambda x: x <= 0.05),
         ("synonym_after", "under synonyms, at most 0.05", lambda x: x <= 0.05),
+        ("attributed_after", "with an attribute, by its synonyms too, at most 0.05", lambda x: x <= 0.05),
         ("pair_after", "in prompts of two things, at most 0.05", lambda x: x <= 0.05),
         ("unrelated_drop", "unrelated words lose at most 0.03", lambda x: x <= 0.03),
         ("neighbour_drop", "nearest neighbours lose at most 0.05", lambda x: x <= 0.05),
+        ("part_drop", "parts, asked for by name, lose at most 0.1", lambda x: x <= 0.1),
+        ("instead_drop", "what replaces it, and its synonyms, lose at most 0.05", lambda x: x <= 0.05),
     ):
         yield Bar(label, _figure(row, name), None if row[name] is None else met(row[name]))
     value, best = row["replacement_presence"], row["replacement_before"]
@@ -389,6 +510,6 @@ def _figure(row: Mapping[str, Any], key: str) -> str:
 
 def _worst(each: Sequence[Mapping[str, Any]], key: str) -> str | None:
     """The concept that does worst by a figure after the edit."""
-    name = {"presence_after": "concept", "synonym_after": "synonym", "pair_after": "pair"}.get(key)
+    name = {"presence_after": "concept", "synonym_after": "synonym", "pair_after": "pair", "attributed_after": "attributed"}.get(key)
     known = [(figures["after"][name], figures["concept"]) for figures in each if name in figures["after"]]
     return f"worst {max(known)[1]}, {max(known)[0]:.3f}" if known else None

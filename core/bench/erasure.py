@@ -7,13 +7,13 @@ edited model is run in the conditioning form, which equals the weight form (a la
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..demo.render import SIDE
-from ..demo.world import Word, World
+from ..demo.world import COMPOSITE_ROLES, Role, Word, World
 from .frame import Result
 
 if TYPE_CHECKING:
@@ -25,18 +25,31 @@ if TYPE_CHECKING:
     from ..model import Conditioning, Model, Slot
 
 TEMPLATE = "a photo of a {}"
+BESIDE = ("a drawing of a {} and a {}", "a drawing of a {1} and a {0}", "a {} and a {} on a white background")
+ATTRIBUTED = ("a drawing of a {0}", "a drawing of a {0} and a {1}", "a {0} on a {2} background", "a drawing of a {1} and a {0}")
+"""Wordings of two things and of attributes: none that the method solves for."""
 STEPS = 12
 """Of DPM++ 2M: 24 evals a picture with guidance."""
 BATCH = 16
+KINDS: tuple[Role, ...] = ("shape", "exemplar", "category", "double", "abstract", "style", "occupation")
+"""Roles of the words that something else is drawn for, one by one."""
+COMPOSITE_KINDS: Mapping[Role, tuple[Role, ...]] = {
+    "category": ("category", "exemplar"),
+    "double": ("double", "category", "exemplar"),
+    "abstract": ("abstract", "shape", "exemplar"),
+    "style": ("style", "background", "colour"),
+}
+"""Of which roles an anchor of a composite may be."""
 PARTNERS = ("square", "car", "daisy", "heart", "barn", "lemon", "diamond", "raven")
 """What stands beside the concept in prompts of two things."""
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "the default": {},
     "without padding": {"padding": 0.0},
     "without prompts with other words": {"frames": 0},
-    "without synonyms": {"synonym": 0.0},
+    "without synonyms": {"synonyms": False},
     "without near words that stay": {"siblings": 0},
-    "without an anchor of its kind": {"apart": float("inf")},
+    "without parts that stay": {"related": 0.0},
+    "without an anchor of its kind": {"kind": False},
     "without an exact empty prompt": {"null": 0.0, "empty": 0.0},
     "with derived columns": {"rounds": 2},
 }
@@ -70,17 +83,28 @@ class Counts:
 
 
 def cases(world: World, concept: Concept, counts: Counts) -> dict[str, list[Case]]:
-    """What is drawn before and after an edit, by set: concept, synonym, pair, neighbour, unrelated, chance.
+    """What is drawn before and after an edit, by set: concept, synonym, attributed, pair, instead, part, neighbour, unrelated, chance.
 
-    Words that the world says change with the concept are in none of them; a set may be empty. Seeds are the same before and after, and
-    for every method.
+    attributed: the concept and its synonyms with an attribute, alone and beside another thing. instead: what replaces it and the synonyms
+    of that, with an attribute, to stay what they are. part: words that are parts of it and those that hold it, asked for by name. Other
+    words that the world says change with the concept are in none of them; a set may be empty. Seeds are the same before and after, and for
+    every method.
     """
     word = world.words[concept.text]
     seeds = range(50_000, 50_000 + counts.concept)
     found = {
         "concept": [Case(TEMPLATE.replace("{}", word.text), seed, word.text) for seed in seeds],
         "synonym": [Case(TEMPLATE.replace("{}", text), seed + 1_000, word.text) for text in synonyms(world, word.text) for seed in seeds],
+        "attributed": [
+            Case(prompt, 58_000 + i, word.text)
+            for i, (prompt, _) in enumerate(_in_turn(world, concept, [word.text, *synonyms(world, word.text)], counts.concept // 2))
+        ],
         "pair": [Case(prompt, seed + 2_000, word.text) for prompt, seed in zip(_pairs(world, word, concept), seeds, strict=False)],
+        "instead": [
+            Case(prompt, 59_000 + i, text)
+            for i, (prompt, text) in enumerate(_in_turn(world, concept, _instead(world, concept), counts.concept // 4))
+        ],
+        "part": [Case(TEMPLATE.replace("{}", text), 60_000 + i, text) for text in parts(world, word) for i in range(counts.neighbour)],
         "neighbour": [
             Case(TEMPLATE.replace("{}", text), 53_000 + i, text) for text in neighbours(world, word) for i in range(counts.neighbour)
         ],
@@ -97,6 +121,17 @@ def synonyms(world: World, word: str) -> list[str]:
     return [other.text for other in world.words.values() if other.synonym_of == word]
 
 
+def parts(world: World, word: Word) -> list[str]:
+    """Words that are drawn where ``word`` is asked for, and composites that it is part of: they have names of their own and must stay."""
+    made_of = [text for text in word.related if world.words[text].synonym_of is None] if word.role in COMPOSITE_ROLES else []
+    return [*made_of, *(other.text for other in world.by_role(*COMPOSITE_ROLES) if word.text in other.related)]
+
+
+def _instead(world: World, concept: Concept) -> list[str]:
+    """What replaces a concept, and what means the same."""
+    return [] if concept.replacement is None else [concept.replacement, *synonyms(world, concept.replacement)]
+
+
 def neighbours(world: World, word: Word) -> tuple[str, ...]:
     """The words that share looks with ``word`` and must survive its edit: the world's own list, else the next of its role."""
     if word.neighbours:
@@ -109,9 +144,13 @@ def unrelated(world: World, concept: Concept) -> list[str]:
     """Base words, every third, that have nothing to do with the concept: not its make-up, neighbours, synonyms or replacement."""
     word = world.words[concept.text]
     out = {word.text, concept.replacement, *word.related, *word.entailed, *neighbours(world, word)}
+    return _every_third(world, out)
+
+
+def _every_third(world: World, out: Container[str | None]) -> list[str]:
+    """Base words that are not ``out``, every third."""
     roles = world.by_role("shape", "exemplar", "colour", "texture", "background")
-    base = [other.text for other in roles if other.synonym_of is None and other.text not in out]
-    return base[::3]
+    return [other.text for other in roles if other.synonym_of is None and other.text not in out][::3]
 
 
 def _pairs(world: World, word: Word, concept: Concept) -> Iterator[str]:
@@ -124,10 +163,38 @@ def _pairs(world: World, word: Word, concept: Concept) -> Iterator[str]:
     while word.role in ("shape", "exemplar", "category", "colour", "texture"):
         partner = partners[index % len(partners)]
         if word.role in ("colour", "texture"):
-            yield f"a photo of a {word.text} {SHAPES[index % len(SHAPES)]} and a {colours[index % len(colours)]} square"
+            thing, other = f"{word.text} {SHAPES[index % len(SHAPES)]}", f"{colours[index % len(colours)]} square"
         else:
-            yield f"a photo of a {word.text} and a {partner}"
+            thing, other = word.text, partner
+        yield BESIDE[index % len(BESIDE)].format(thing, other)
         index += 1
+
+
+def _attributed(world: World, text: str, concept: Concept) -> Iterator[str]:
+    """Prompts that say ``text`` with an attribute, alone and beside another thing; none for words that take and are no attribute."""
+    from ..demo.render import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES
+
+    known = (concept.text, *_instead(world, concept))
+    out = {*known, *(text for word in known for text in (*world.words[word].related, *neighbours(world, world.words[word])))}
+
+    def free(words: Iterable[str]) -> list[str]:
+        return [word for word in words if word not in out]
+
+    role, nouns = world.words[text].role, free(SHAPES)
+    partners, backgrounds, colours = free(PARTNERS), free(BACKGROUNDS), free(COLOURS)
+    taken = {"shape": [*colours, *free(TEXTURES)], "exemplar": list(SIZES), "category": list(SIZES), "sex": ["old", "young"]}
+    pairs = [(text, noun) for noun in nouns] if role in ("colour", "texture") else [(word, text) for word in taken.get(role, [])]
+    index = 0
+    while pairs:
+        noun, frame = " ".join(pairs[index % len(pairs)]), ATTRIBUTED[index % len(ATTRIBUTED)]
+        yield frame.format(noun, partners[index % len(partners)], backgrounds[index % len(backgrounds)])
+        index += 1
+
+
+def _in_turn(world: World, concept: Concept, texts: Sequence[str], count: int) -> Iterator[tuple[str, str]]:
+    """``count`` prompts with attributes, and the text of ``texts`` that each says, the texts in turn."""
+    asked = [[(prompt, text) for prompt in islice(_attributed(world, text, concept), count)] for text in texts]
+    return islice((found for turn in zip(*asked, strict=True) for found in turn), count)
 
 
 def measure_before(model: str, world: str, concept: str, counts: Mapping[str, int]) -> Result:
@@ -233,6 +300,107 @@ def _drawn(model: Model, world: str, asked: Concept, edit: ContextEdit, budget: 
         hits["learned"] = learned(model, known, asked, edit, budget)
     certificate = {} if edit.report is None else edit.report.to_json()
     return {"hits": hits, "rank": edit.rank, "report": certificate, "evals": model.meter.evals - before}
+
+
+JOINT_SETS = ("concept", "synonym", "neighbour", "unrelated")
+
+
+def joint_cases(world: World, concepts: Sequence[str], counts: Counts) -> dict[str, list[Case]]:
+    """What is drawn of concepts that are erased in one call, by set as in ``cases``: of each a quarter of the pictures, and words that
+    survive once for all. Words that change with any of the concepts are in neither of the last two."""
+    words, each = [world.words[text] for text in concepts], max(1, counts.concept // 4)
+    gone = {text for word in words for text in (word.text, *synonyms(world, word.text), *word.related, *word.entailed, *parts(world, word))}
+    near = dict.fromkeys(text for word in words for text in neighbours(world, word) if text not in gone)
+    far = _every_third(world, gone | set(near))
+    seeds = range(61_000, 61_000 + each)
+    return {
+        "concept": [Case(TEMPLATE.replace("{}", word.text), seed, word.text) for word in words for seed in seeds],
+        "synonym": [
+            Case(TEMPLATE.replace("{}", text), seed + 1_000, word.text)
+            for word in words
+            for text in synonyms(world, word.text)
+            for seed in seeds
+        ],
+        "neighbour": [Case(TEMPLATE.replace("{}", text), 63_000 + i, text) for text in near for i in range(max(1, counts.neighbour // 3))],
+        "unrelated": [Case(TEMPLATE.replace("{}", text), 64_000 + i, text) for text in far for i in range(counts.unrelated)],
+    }
+
+
+def measure_joint(model: str, world: str, method: str | None, concepts: Sequence[str], counts: Mapping[str, int]) -> Result:
+    """Erase concepts in one call (with no method: none), and see what is left of them and of the rest. Of the concepts' pictures, mistaken
+    counts those that show another concept of the call."""
+    from ..demo.detect import present
+    from ..edit import solve_edit
+    from .decompose import WORLDS, _model
+
+    loaded, known = _model(model), WORLDS[world]()
+    start, before = time.perf_counter(), loaded.meter.evals
+    edit = None if method is None else solve_edit(loaded, list(concepts), method=method)
+    seconds = round(time.perf_counter() - start, 3)
+    hits: dict[str, list[int]] = {}
+    for name, listed in joint_cases(known, concepts, Counts(**counts)).items():
+        seen = look(loaded, listed, edit)
+        hits[name] = judged(known, listed, seen)
+        if name == "concept":
+            others = [[known.words[text] for text in concepts if text != case.word] for case in listed]
+            hits["mistaken"] = [int(any(present(word, reading) for word in rest)) for rest, reading in zip(others, seen, strict=True)]
+    anchors = [] if edit is None else list(edit.anchors)
+    return {"hits": hits, "anchors": anchors, "seconds": seconds, "evals": loaded.meter.evals - before}
+
+
+def planned_joint(world: World, concepts: Sequence[str], counts: Counts) -> int:
+    """The evals of ``measure_joint``."""
+    return 2 * STEPS * sum(map(len, joint_cases(world, concepts, counts).values()))
+
+
+def measure_kinds(model: str, world: str, pictures: int) -> Result:
+    """What is read in the place of each shape, exemplar, composite and occupation, erased one by one, and with ``pictures`` of each what is
+    drawn then: whether it is a scene at all (every thing in it is one that the world knows), and one of the same kind."""
+    from ..edit import Concept, solve_edit
+    from ..edit.default import DEFAULT, anchors
+    from ..edit.job import Job
+    from .decompose import WORLDS, _model
+
+    loaded, known = _model(model), WORLDS[world]()
+    words = [word for word in known.by_role(*KINDS) if word.synonym_of is None]
+    before, found, shared = loaded.meter.evals, [], Job(loaded, ())
+    for word in words:
+        job = Job(loaded, (Concept(word.text),))
+        job.texts, job.words = shared.texts, shared.words
+        (anchor,) = anchors(job, DEFAULT)
+        row: dict[str, Any] = {"word": word.text, "role": word.role, "anchor": anchor, "kind": of_a_kind(known, word.text, anchor)}
+        if pictures:
+            listed = [Case(TEMPLATE.replace("{}", word.text), 65_000 + i, word.text) for i in range(pictures)]
+            seen = look(loaded, listed, solve_edit(loaded, [word.text]))
+            row["shown"] = judged(known, listed, seen)
+            row["scene"] = [int(bool(reading.things) and all(thing.kind != "other" for thing in reading.things)) for reading in seen]
+            row["same"] = [int(bool(scene) and _same_kind(word, reading)) for scene, reading in zip(row["scene"], seen, strict=True)]
+        found.append(row)
+    return {"words": found, "evals": loaded.meter.evals - before}
+
+
+def of_a_kind(world: World, text: str, anchor: str) -> bool:
+    """Whether the world counts ``anchor`` as of the kind of ``text`` while neither is part of the other: a person for an occupation, and
+    else a word of the same role, or of one that composites of its role are made of."""
+    word, other = (world.words.get(name) for name in (text, anchor))
+    if word is None or other is None:
+        return False
+    word, other = (world.words[found.synonym_of] if found.synonym_of else found for found in (word, other))
+    if word.role == "occupation":
+        return other.text == "person" or (other.text != word.text and other.role in ("occupation", "sex"))
+    shared = {word.text, *word.related} & {other.text, *other.related}
+    return not shared and other.role in COMPOSITE_KINDS.get(word.role, (word.role,))
+
+
+def _same_kind(word: Word, reading: Reading) -> bool:
+    """Whether what is drawn is of the kind that a word's own pictures show: shapes, people, or other things."""
+    from ..demo.render import EXEMPLARS, SHAPES
+
+    def kind(thing: str | None) -> str:
+        return "shape" if thing is None or thing in (*SHAPES, "shape") else "thing" if thing in EXEMPLARS else str(thing)
+
+    own = {kind(spec.get("kind")) for _, spec in word.make_up}
+    return {kind(thing.kind) for thing in reading.things} <= own | ({"thing", "shape"} if word.role == "double" else set())
 
 
 def planned(world: World, concept: Concept, counts: Counts, sets: Sequence[str]) -> int:

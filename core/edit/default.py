@@ -16,17 +16,16 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from ..phrases import Concept
-from ..vocabulary import candidates
 from .job import Job, Solution
 from .report import Adversary, distortion, trace
-from .solve import LowRank, Problem, annihilate, minimise, response
-from .texts import TEMPLATES, Prompt, common_words, fill, mentions
+from .solve import LowRank, Problem, annihilate, minimise
+from .texts import TEMPLATES, common_words, fill, mentions, words_of
+from .words import PLAIN, SYNONYM, two
 
 FRAMES = (
     "a photo of a {} and a {0}",
@@ -40,19 +39,18 @@ FRAMES = (
 )
 """Prompts that say the concept beside other words."""
 
-PLAIN = TEMPLATES[0]
+STAYING = (FRAMES[2], FRAMES[5])
+"""Those that words which stay are put in: what changes beside a concept would change them as well."""
 STEPS = 6
 """Bisections of the weight of captions."""
 INDEPENDENT = 0.05
 """Smallest singular value, relative to the largest, of a direction that says something of its own."""
-UNHEARD = 1e-6
-"""Share of the largest below which a combination of columns counts for nothing where anchors are compared."""
 COLUMNS = 2
 """Directions that are a concept's own: where it is said, and at the end of the prompt."""
 TYPICAL = 0.1
-"""A weight of captions to compare anchors at, and for the pooled text."""
-AHEAD = 7
-"""Words whose prompts, four each, are encoded together, beside a concept's where anchors are compared."""
+"""A weight of captions, for the pooled text."""
+AHEAD = 8
+"""Words that stay, whose prompts, four or more each, are encoded together."""
 TOTAL_FRAMES = 1024
 """Prompts over all concepts of one call, beyond which each concept gets fewer."""
 
@@ -62,8 +60,9 @@ class Settings:
     """What the method weighs. Weights are relative to one prompt's sum over positions.
 
     said, padding: of a concept's positions, from its last sub-token to the end token, and after. frames: prompts with other words.
-    looked_at: words near a concept; those at most ``synonym`` from it, as a share of what it says, go with it; one of those at least
-    ``apart`` is read in its place; the ``siblings`` next nearest stay, each with weight ``near``. keep: weight of a word to keep. ridge:
+    synonyms: whether words that say the same go with a concept. kind: whether a word of its kind is read in its place, or nothing.
+    siblings: words near a concept that stay, each with weight ``near``, those of more weight among them. related: weight of those that
+    say something of its own (its parts, what holds it) or the same as what is read in its place. keep: weight of a word to keep. ridge:
     relative to the captions' mean size. target, budget: the weight of captions is the largest, of ``least`` to ``most``, that leaves
     ``target`` of a concept, unless captions then change by more than ``budget``. derived, rounds: weight and rounds of derived columns
     (none by default). null: share of the width that the empty prompt's exact directions may take up: all there are where the text is 608
@@ -74,11 +73,11 @@ class Settings:
     said: float = 1.0
     padding: float = 0.2
     frames: int = 24
-    looked_at: int = 48
-    synonym: float = 0.33
-    apart: float = 0.75
+    synonyms: bool = True
+    kind: bool = True
     siblings: int = 24
     near: float = 0.005
+    related: float = 0.02
     keep: float = 0.2
     ridge: float = 1e-4
     least: float = 0.1
@@ -113,11 +112,13 @@ class _Twin:
 
 @dataclass(frozen=True)
 class _Target:
-    """A concept with what was found out about it: words that mean the same, what is read in its place, words nearby that must stay."""
+    """A concept with the words erased with it, what is read in its place, and the words that stay: those that say something of its
+    own or the same as the anchor, and further ones nearby."""
 
     concept: Concept
     synonyms: tuple[str, ...]
     anchor: str
+    related: tuple[str, ...]
     siblings: tuple[str, ...]
 
 
@@ -130,12 +131,12 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
             f"{len(job.concepts)} concepts are too many for a text {job.width} wide: what is said of them leaves no room for other words; "
             f"erase at most {most}"
         )
-    targets = [_target(job, concept, settings) for concept in job.concepts]
+    targets = _targets(job, settings)
     twins = _twins(job, targets, settings)
     erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
     captions, pooled_captions = _without(job, erased)
     marks = [_marks(job, target) for target in targets]
-    stay = {word: settings.near for target in targets for word in target.siblings} | dict.fromkeys(job.keep, settings.keep)
+    stay = _staying(job, targets, settings)
     edit, cost, chosen = _weighed(job, _stated(job, twins, stay, exact, captions, settings), captions, marks, settings)
     gram = job.gram.matrix
     edit = edit.truncate(settings.tolerance, max(settings.rank, 4 * len(targets)), gram, captions)
@@ -149,12 +150,12 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
             )
         edit = annihilate(edit, away, replace(cost, invariant=exact))
     job.on_step(STEPS + settings.rounds, STEPS + settings.rounds, {"left": _left(edit, marks, gram)})
-    chosen |= {**asdict(settings), "hard": job.hard}
+    chosen |= {**asdict(settings), "hard": job.hard, "parts": job.parts}
     read_as, synonyms = tuple(target.anchor for target in targets), tuple(target.synonyms for target in targets)
     return Solution(edit, read_as, synonyms, _pooled(job, twins, pooled_captions, settings), settings=chosen)
 
 
-def _stated(job: Job, twins: Sequence[_Twin], stay: Mapping[str, float], exact: Tensor, captions: Tensor, settings: Settings) -> Problem:
+def _stated(job: Job, twins: Sequence[_Twin], stay: Tensor, exact: Tensor, captions: Tensor, settings: Settings) -> Problem:
     """The problem but for what captions cost, their mean size in its ridge apart."""
     second, moved = torch.zeros(2, job.width, job.width, dtype=torch.float64)
     for twin in job.texts.ahead(twins, lambda twin: (twin.ours, twin.theirs)):
@@ -164,7 +165,7 @@ def _stated(job: Job, twins: Sequence[_Twin], stay: Mapping[str, float], exact: 
         moved.addmm_((a - c) * w, c.T)
     none = torch.zeros(job.width, 0, dtype=torch.float64)
     null = job.texts.context("")
-    preserve = _staying(job, stay).addmm_(null.T, null, alpha=settings.empty)
+    preserve = stay.addmm_(null.T, null, alpha=settings.empty)
     ridge = settings.ridge * float(captions.diagonal().mean())
     return Problem(none, none, none[0], ridge, preserve, invariant=exact, second=second, moved=moved)
 
@@ -214,59 +215,51 @@ def _left(edit: LowRank, marks: Sequence[tuple[Tensor, Tensor]], gram: Tensor) -
     return max(trace(edit, c, a, gram) for c, a in marks)
 
 
-def _target(job: Job, concept: Concept, settings: Settings) -> _Target:
-    """Looks at words near a concept: as near as a synonym goes with it, unless it is to be kept or is spoken of elsewhere in the job."""
-    taken = {text.lower() for c in job.concepts for text in (c.text, c.replacement or "")}
-    words = list(candidates(job.model.text, concept.text, limit=settings.looked_at, words=common_words(job.model), keep_concept=True))
-    words = [word for word in words if word not in taken]
-    origin = job.texts.prompt(PLAIN, "")
-    ours = _two(job.texts.prompt(PLAIN, concept.text))
-    gram = job.gram.matrix
+def _targets(job: Job, settings: Settings) -> list[_Target]:
+    """Each concept with the words that are erased with it, the word read in its place, and those that must stay.
 
-    def size(x: Tensor) -> float:
-        return math.sqrt(float(x.mul(gram @ x).sum()))
-
-    said = size(ours - _two(origin))
-    distances = {}
-    for word in job.texts.ahead(words, lambda word: [fill(PLAIN, word)]):
-        distances[word] = size(_two(job.texts.prompt(PLAIN, word)) - ours) / max(said, 1e-12)
-    kept = {word.lower() for word in job.keep}
-    synonyms = tuple(word for word in words if distances[word] <= settings.synonym and word not in kept)
-    others = sorted((word for word in words if distances[word] > settings.synonym and word not in kept), key=distances.__getitem__)
-    anchor = concept.replacement
-    if anchor is None:
-        apart = [word for word in others if distances[word] >= settings.apart][: settings.looked_at // 2]
-        anchor = _least_cost(job, concept, apart, settings) if apart else ""
-    siblings = [word for word in others if word != anchor][: settings.siblings]
-    return _Target(concept, synonyms, anchor, tuple(siblings))
-
-
-def _least_cost(job: Job, concept: Concept, words: Sequence[str], settings: Settings) -> str:
-    """The word that takes a concept's place at the least change to captions: one of its own kind, which also keeps pictures whole.
-
-    The columns are the concept's, whatever the anchor, so all candidates share one solution.
+    No anchor that is found means the same as any concept of the job, holds it or is part of it, so of several that are erased together
+    none takes another's place; and no word stays that is erased with another.
     """
-    templates = TEMPLATES[:4]
-    captions, gram = job.corpus.covariance, job.gram.matrix
-    ridge = settings.ridge * float(captions.diagonal().mean())
+    words, texts = job.words, [concept.text for concept in job.concepts]
+    kin = [words.kin(text) for text in texts]
+    # The words of a phrase say other things by themselves: they neither go with it nor take its place.
+    named = {word for text in texts for word in words_of(text)} | {word.lower() for word in job.keep}
+    named |= {text.lower() for concept in job.concepts for text in (concept.text, concept.replacement or "")}
+    along: dict[str, int] = {}
+    for number, (text, around) in enumerate(zip(texts, kin, strict=True)):
+        mine = [*(around.synonyms if settings.synonyms else ()), *(around.parts if job.parts == "erase" else ())]
+        for word in mine:
+            if word in named:
+                continue
+            # A word near two concepts goes with the nearer one.
+            other = along.get(word)
+            if other is None or words.distances(text, [word]) < words.distances(texts[other], [word]):
+                along[word] = number
+    erased = {text.lower() for text in texts} | set(along)
+    bound = {word for around in kin for word in (*around.synonyms, *around.bound)} | erased
+    listed = [word for word in dict.fromkeys(word for around in kin for word in around.others) if word not in bound and word not in named]
+    apart = {word for word, distance in zip(listed, words.clearance(texts, listed).tolist(), strict=True) if distance > SYNONYM}
+    targets = []
+    for number, (concept, around) in enumerate(zip(job.concepts, kin, strict=True)):
+        anchor = concept.replacement
+        if anchor is None:
+            free = [word for word in around.others if word in apart]
+            anchor = words.kind(concept.text, free) if free and settings.kind else ""
+        alike = words.kin(anchor).synonyms if anchor else ()
+        staying = [word for word in dict.fromkeys((*around.bound, *alike)) if word not in (*erased, anchor)]
+        others = [word for word in around.others if word not in (*erased, *staying, anchor)]
+        away = dict(zip(others, words.distances(concept.text, others).tolist(), strict=True))
+        others.sort(key=away.__getitem__)
+        synonyms = tuple(word for word, owner in along.items() if owner == number)
+        rest = max(0, settings.siblings - len(staying))
+        targets.append(_Target(concept, synonyms, anchor, tuple(staying) if settings.related else (), tuple(others[:rest])))
+    return targets
 
-    def blocks(word: str) -> tuple[Tensor, Tensor, Tensor]:
-        read = [_block(job, _twin(concept.text, {concept.text: word}, template), settings) for template in templates]
-        c, a, w = (torch.cat(part, -1) for part in zip(*read, strict=True))
-        return c, a, w / len(templates)
 
-    c, a, w = blocks(words[0])
-    down = response(Problem(c, a, w, ridge, TYPICAL * captions))
-    # Of all columns together, the few combinations that captions call up.
-    sizes, axes = torch.linalg.eigh(down.T @ captions @ down)
-    heard = axes * sizes.clamp_min(0).sqrt()
-    heard = heard[:, sizes > UNHEARD * sizes[-1]]
-    costs = {}
-    for word in job.texts.ahead(words, lambda word: [fill(t, text) for t in templates for text in (concept.text, word)], AHEAD):
-        c, a, _ = blocks(word)
-        moved = (a - c) @ heard
-        costs[word] = float(moved.mul(gram @ moved).sum())
-    return min(words, key=costs.__getitem__)
+def anchors(job: Job, settings: Settings = DEFAULT) -> tuple[str, ...]:
+    """What each concept of a job is read as."""
+    return tuple(target.anchor for target in _targets(job, settings))
 
 
 def _twins(job: Job, targets: Sequence[_Target], settings: Settings) -> list[_Twin]:
@@ -286,7 +279,7 @@ def _twins(job: Job, targets: Sequence[_Target], settings: Settings) -> list[_Tw
         company = [targets[(number + 1 + i // len(FRAMES)) % len(targets)].concept.text for i in range(together)]
         framed += [(FRAMES[i % len(FRAMES)], other, *rng.sample(others, 2)) for i, other in enumerate(company)]
         twins += [_twin(target.concept.text, read_as, *frame) for frame in framed]
-        twins += [_twin(word, read_as, *frame) for word in target.synonyms for frame in islice(framed, 0, None, 2)]
+        twins += [_twin(word, read_as, *frame) for word in target.synonyms for frame in framed]
     return twins
 
 
@@ -323,14 +316,9 @@ def _block(job: Job, twin: _Twin, settings: Settings) -> tuple[Tensor, Tensor, T
     return source[positions].T, anchor[theirs].T, weights
 
 
-def _two(prompt: Prompt) -> Tensor:
-    """Last sub-token and end token, (width, 2)."""
-    return prompt.context[[max(prompt.last, 0), prompt.end]].T
-
-
 def _marks(job: Job, target: _Target) -> tuple[Tensor, Tensor]:
     """Where a concept stands in a plain prompt, and its anchor: each (width, 2)."""
-    return _two(job.texts.prompt(PLAIN, target.concept.text)), _two(job.texts.prompt(PLAIN, target.anchor))
+    return two(job.texts.prompt(PLAIN, target.concept.text)), two(job.texts.prompt(PLAIN, target.anchor))
 
 
 def _basis(columns: Tensor) -> Tensor:
@@ -356,15 +344,22 @@ def _without(job: Job, erased: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     return total.div_(rest), None if pooled is None else pooled.div_(rest)
 
 
-def _staying(job: Job, words: Mapping[str, float]) -> Tensor:
-    """Weighted second moments of prompts about words that must stay, (width, width)."""
-    templates = TEMPLATES[:4]
+def _staying(job: Job, targets: Sequence[_Target], settings: Settings) -> Tensor:
+    """Weighted second moments of prompts about words that must stay, (width, width): those that matter more beside other words as well."""
+    erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
+    others = [word for word in common_words(job.model) if not mentions(word, erased)]
+    light = dict.fromkeys((word for target in targets for word in target.siblings), settings.near)
+    heavy = dict.fromkeys((word for target in targets for word in target.related if word not in erased), settings.related)
+    heavy |= dict.fromkeys(job.keep, settings.keep)
+    prompts = {word: [fill(template, word) for template in TEMPLATES[:4]] for word in light | heavy}
+    for word in heavy if len(others) >= 3 else ():
+        rng = random.Random(f"{job.seed} {word}")
+        prompts[word] += [_twin(word, {}, frame, *rng.sample(others, 3)).ours for frame in STAYING]
     total = torch.zeros(job.width, job.width, dtype=torch.float64)
-    for word in job.texts.ahead(tuple(words), lambda word: [fill(t, word) for t in templates], AHEAD):
-        for template in templates:
-            prompt = job.texts.prompt(template, word)
-            rows = prompt.context[prompt.first :]
-            total.addmm_(rows.T, rows, alpha=words[word] / len(templates))
+    for word in job.texts.ahead(tuple(prompts), prompts.__getitem__, AHEAD):
+        for prompt in prompts[word]:
+            rows = job.texts.context(prompt)[1:]
+            total.addmm_(rows.T, rows, alpha=(light | heavy)[word] / len(prompts[word]))
     return total
 
 

@@ -267,8 +267,10 @@ class ContextEdit:
         if self.report is None:
             return "; ".join(map(str, self.concepts[:SHOWN])) or "an edit"
         worst = sorted(self.report.concepts, key=lambda c: -c.trace)
-        left = ", ".join(f"{c.text}: {max(0.0, c.trace):.0%} left" for c in worst[:SHOWN])
-        more = f", {len(worst) - SHOWN} more" if len(worst) > SHOWN else ""
+        read_as = {concept.text: anchor for concept, anchor in zip(self.concepts, self.anchors, strict=True) if anchor.strip()}
+        instead = {text: f", {anchor} instead" for text, anchor in read_as.items()}
+        left = "; ".join(f"{c.text}: {max(0.0, c.trace):.0%} left{instead.get(c.text, '')}" for c in worst[:SHOWN])
+        more = f"; {len(worst) - SHOWN} more" if len(worst) > SHOWN else ""
         moved = "".join(f"; moved most: {word.word} {word.shift:.0%}" for word in self.report.neighbours[:1])
         return f"{left}{more}{moved}"
 
@@ -281,7 +283,10 @@ class ContextEdit:
             for concept, anchor in zip(self.concepts, self.anchors, strict=True)
         ]
         names = ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+        along = [f"{word} with {c.text}" for c, words in zip(self.concepts, self.synonyms, strict=True) for word in words]
         lines = [f"{names or 'an edit'}: method {self.method}, rank {self.rank}" + (f" + {self.pooled.rank} pooled" if self.pooled else "")]
+        if along:
+            lines.append(f"  erased as well: {', '.join(along[:12])}" + (f" and {len(along) - 12} more" if len(along) > 12 else ""))
         if self.report is not None:
             lines += [self.report.summary(), *(f"  Warning: {w}." for w in self.warnings), *(f"  {limit}" for limit in LIMITS)]
         return "\n".join(lines)
@@ -299,6 +304,11 @@ class ContextEdit:
             f"the model was not trained on {word!r}: neither erasing it nor its figures mean much; use a word it knows"
             for word in report.unknown
         ]
+        for clash in report.clashes:
+            means = "means the same as" if clash.same else "is in some images"
+            given = any(concept.text == clash.concept and concept.replacement for concept in self.concepts)
+            advice = "name another replacement" if given else "name a replacement"
+            found.append(f"{clash.concept!r} is read as {clash.anchor!r}, which {means} {clash.word!r}, and that is erased: {advice}")
         for concept in self.concepts:
             alone = [part.word for part in report.parts if part.shift < STILL and part.word in words_of(concept.text)]
             if alone:
@@ -399,7 +409,8 @@ def _from_version_1(header: artifact.Header) -> artifact.Header:
     if words:
         synonyms[0] = words
     if report is not None:
-        report = {name: value for name, value in report.items() if name != "limits"} | {"parts": [], "unknown": []}
+        report = {name: value for name, value in report.items() if name != "limits"}
+        report |= {name: [] for name in ("parts", "unknown", "related", "clashes")}
     return {**header, "settings": settings, "synonyms": synonyms, "report": report}
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from ..progress import OnStep, silent
 from ..vocabulary import STOP_WORDS, candidates, is_known, stem
 from .default import conceptkit
 from .edit import ContextEdit, single
-from .job import Job
+from .job import Job, Parts
 from .layers import cross_attention, in_single
 from .presets import PRESETS, Preset
-from .report import Adversary, ConceptTrace, Report, WordShift, distortion, shift, trace
+from .report import Adversary, Clash, ConceptTrace, Report, WordShift, distortion, shift, trace
 from .solve import LowRank
 from .texts import check_concepts, common_words, fill, words_of
+from .words import SYNONYM
 
 METHODS: Mapping[str, Preset] = {
     "conceptkit": Preset(
@@ -51,6 +53,7 @@ def solve_edit(
     method: str = "conceptkit",
     strength: float = 1.0,
     hard: bool = False,
+    parts: Parts = "keep",
     captions: Sequence[str] | None = None,
     cache: Path | None = None,
     seed: int = 0,
@@ -58,10 +61,11 @@ def solve_edit(
 ) -> ContextEdit:
     """The edit that erases ``concepts`` (or puts their replacements in their place), solved jointly, with its report.
 
-    concepts: "circle" or "circle -> square", as `parse_concepts` reads them. keep: words that must stay as they are, a sequence or a str as
-    `parse_list` reads it. hard (conceptkit only): no
-    embedding at all is read as exactly a concept. captions: texts that must keep their meaning, the pack's own by default. cache: a folder
-    for what depends on the checkpoint alone. Strength 0 or no concepts give the identity. Nothing in the model is changed.
+    concepts: "circle" or "circle -> square", as `parse_concepts` reads them. keep: words that must stay as they are, a sequence or a str
+    as `parse_list` reads it. hard (conceptkit only): no embedding at all is read as exactly a concept. parts (conceptkit only): whether
+    words that are parts of a concept (robin of bird) stay, as far as they can, or are erased with it. captions: texts that must keep
+    their meaning, the pack's own by default. cache: a folder for what depends on the checkpoint alone. Strength 0 or no concepts give
+    the identity. Nothing in the model is changed.
 
     Raises ValueError for concepts that cannot be meant, an unknown method or a singular system, UnsupportedModel for a model whose weights
     cannot be read, NonFinite when anything comes out as NaN or infinity, and whatever ``on_step`` raises.
@@ -71,11 +75,15 @@ def solve_edit(
         raise ValueError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
     if hard and method != "conceptkit":
         raise ValueError(f"hard erasing is part of the method 'conceptkit' and {method!r} has none: choose that method, or turn hard off")
+    if parts not in get_args(Parts):
+        raise ValueError(f"parts is {parts!r}: choose one of {', '.join(get_args(Parts))}")
+    if parts != "keep" and method != "conceptkit":
+        raise ValueError(f"{method!r} erases no parts of a concept: choose the method 'conceptkit', or keep the parts")
     if not math.isfinite(strength):
         raise ValueError(f"the strength is {strength}: give a number, 0 for no edit and 1 for the whole")
     keep = parse_list(keep)
     check_concepts(model.text, listed, keep)
-    job = Job(model, listed, keep, captions, cache, seed, hard, on_step)
+    job = Job(model, listed, keep, captions, cache, seed, hard, parts, on_step)
     if not listed or strength == 0:
         return ContextEdit.identity(model.family, job.width)
     model.before_call()
@@ -112,9 +120,11 @@ def report_edit(model: Model, edit: ContextEdit, *, captions: Sequence[str] | No
 def _measure(job: Job, edit: ContextEdit) -> Report:
     found = LowRank(edit.context.u.double().cpu(), edit.context.v.double().cpu())
     gram, covariance = job.gram.matrix, job.corpus.covariance
-    near = _near(job, [word for words in edit.synonyms for word in words])
+    erased = [word for words in edit.synonyms for word in words]
+    related = _related(job, erased)
+    near = _near(job, [*erased, *related])
     parts = _parts(job)
-    job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near, *parts))
+    job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near, *parts, *related))
     marks = [_marks(job, concept.text, anchor) for concept, anchor in zip(edit.concepts, edit.anchors, strict=True)]
     adversary = Adversary(found, gram, covariance)
     layers, highest = _by_layer(job, edit, marks)
@@ -128,19 +138,23 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
         )
         for i, (concept, (c, a)) in enumerate(zip(job.concepts, marks, strict=True))
     )
-    shifts = {word: shift(found, *_marks(job, word, ""), gram) for word in (*job.keep, *near, *parts)}
-    neighbours = sorted((WordShift(word, shifts[word]) for word in near), key=lambda w: (-w.shift, w.word))
+    shifts = {word: shift(found, *_marks(job, word, ""), gram) for word in (*job.keep, *near, *parts, *related)}
+    neighbours, kin = (
+        tuple(sorted((WordShift(word, shifts[word]) for word in words), key=lambda w: (-w.shift, w.word))) for words in (near, related)
+    )
     null = job.texts.context("").T
     return Report(
         concepts=concepts,
         layers=layers,
         kept=tuple(WordShift(word, shifts[word]) for word in job.keep),
-        neighbours=tuple(neighbours),
+        neighbours=neighbours,
         distortion=distortion(found, covariance, gram),
         null_drift=max(shift(found, x[:, None], torch.zeros_like(x[:, None]), gram) for x in null.T),
         pooled_leak=_pooled_leak(job, edit),
         parts=tuple(WordShift(word, shifts[word]) for word in parts),
         unknown=_unknown(job),
+        related=kin,
+        clashes=_clashes(job, edit),
     )
 
 
@@ -159,6 +173,25 @@ def _near(job: Job, along: Sequence[str]) -> tuple[str, ...]:
         pool = candidates(job.model.text, concept.text, limit=each + len(said), words=common_words(job.model), keep_concept=True)
         words |= dict.fromkeys([word for word in pool if word not in said][:each])
     return tuple(words)
+
+
+def _related(job: Job, erased: Sequence[str]) -> tuple[str, ...]:
+    """Parts of the concepts and words that hold them, but for those that are concepts, erased with one, or to be kept."""
+    out = {*erased, *(concept.text.lower() for concept in job.concepts), *(word.lower() for word in job.keep)}
+    kin = [job.words.kin(concept.text) for concept in job.concepts[:NEIGHBOURS]]
+    return tuple(word for word in dict.fromkeys(word for k in kin for word in (*k.parts, *k.holders)) if word not in out)
+
+
+def _clashes(job: Job, edit: ContextEdit) -> tuple[Clash, ...]:
+    """Anchors that mean the same as a concept of the job, hold it or are part of it."""
+    found = []
+    for concept, anchor in list(zip(edit.concepts, edit.anchors, strict=True))[:NEIGHBOURS]:
+        for other in edit.concepts[:NEIGHBOURS] if anchor.strip() else ():
+            same = float(job.words.distances(other.text, [anchor])) <= SYNONYM
+            kin = job.words.kin(other.text)
+            if same or anchor.lower() in (*kin.parts, *kin.holders):
+                found.append(Clash(concept.text, anchor, other.text, same))
+    return tuple(found)
 
 
 def _parts(job: Job) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from ..model import Model
 from ..phrases import Concept
@@ -13,6 +14,10 @@ from ..progress import OnStep, silent
 from .layers import Gram, gram
 from .solve import LowRank
 from .texts import Corpus, Texts, caption_corpus, corpus
+from .words import Words
+
+Parts: TypeAlias = Literal["keep", "erase"]
+"""What becomes of words that are parts of a concept (robin of bird)."""
 
 
 @dataclass(eq=False)
@@ -26,6 +31,7 @@ class Job:
     cache: Path | None = None
     seed: int = 0
     hard: bool = False
+    parts: Parts = "keep"
     on_step: OnStep = silent
     texts: Texts = field(init=False)
 
@@ -44,6 +50,11 @@ class Job:
         """Of the model's text-reading weights."""
         pooled = self.texts.pooled("")
         return gram(self.model, self.width, None if pooled is None else len(pooled), self.cache)
+
+    @cached_property
+    def words(self) -> Words:
+        """What the model's own words are to the concepts."""
+        return Words(self)
 
     @cached_property
     def all_captions(self) -> tuple[str, ...]:

@@ -51,12 +51,23 @@ class WordShift:
 
 
 @dataclass(frozen=True)
+class Clash:
+    """A concept is read as ``anchor``, which is drawn as ``word``, and that is erased: always where ``same``, else in some images."""
+
+    concept: str
+    anchor: str
+    word: str
+    same: bool
+
+
+@dataclass(frozen=True)
 class Report:
     """Figures of an edit. layers: path to trace, over all concepts. distortion: E ||(T - I) c||_G^2 / E ||c||_G^2 over captions.
 
     null_drift: the most any position of the empty prompt moves, relative. pooled_leak: the trace of the pooled text (1: not edited), None
     for models that have none. neighbours: words the edit was not about, most moved first. parts: words of concepts of several words, each
-    by itself. unknown: words of concepts that the model was not trained on, where it says what it was.
+    by itself. unknown: words of concepts that the model was not trained on, where it says what it was. related: parts of the concepts and
+    words that hold them (robin and pet, of bird), of those not erased; most moved first. clashes: anchors that bring an erased word back.
     """
 
     concepts: tuple[ConceptTrace, ...]
@@ -68,6 +79,8 @@ class Report:
     pooled_leak: float | None
     parts: tuple[WordShift, ...] = ()
     unknown: tuple[str, ...] = ()
+    related: tuple[WordShift, ...] = ()
+    clashes: tuple[Clash, ...] = ()
 
     def summary(self) -> str:
         """The figures in a few lines for people."""
@@ -78,7 +91,7 @@ class Report:
         ]
         pooled = "" if self.pooled_leak is None else f", the pooled text keeps {self.pooled_leak:.0%} of the concepts"
         lines.append(f"  captions change by {self.distortion:.2%}, the empty prompt by {self.null_drift:.2%}{pooled}")
-        for label, words in (("kept", self.kept), ("most moved", self.neighbours)):
+        for label, words in (("kept", self.kept), ("parts and wider words", self.related), ("most moved", self.neighbours)):
             if words:
                 lines.append(f"  {label}: " + ", ".join(f"{w.word} {w.shift:.0%}" for w in words[:8]))
         return "\n".join(lines)
@@ -107,6 +120,8 @@ class Report:
             pooled_leak=None if leak is None else _number(leak),
             parts=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["parts"]),
             unknown=tuple(map(_text, plain["unknown"])),
+            related=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["related"]),
+            clashes=tuple(Clash(_text(c["concept"]), _text(c["anchor"]), _text(c["word"]), _flag(c["same"])) for c in plain["clashes"]),
         )
 
 
@@ -209,6 +224,12 @@ def _root(ratio: float) -> float:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
     return value
 
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from conceptkit.core.bench import edit as suite_module
 from conceptkit.core.bench import edit_speed, erasure, frame
-from conceptkit.core.bench.edit import BEFORE, CONCEPTS, DEFAULT, QUICK_METHODS, SETS, EditSuite
-from conceptkit.core.bench.erasure import ABLATIONS, Counts, cases, neighbours, planned, unrelated
+from conceptkit.core.bench.edit import BEFORE, CONCEPTS, DEFAULT, DRAWN, JOINT, QUICK_METHODS, SETS, SURVIVE, EditSuite
+from conceptkit.core.bench.erasure import ABLATIONS, Counts, cases, joint_cases, neighbours, parts, planned, planned_joint, unrelated
 from conceptkit.core.demo import detect
 from conceptkit.core.demo.world import shapes_world
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, parse_concepts, solve_edit
 from conceptkit.core.edit.default import DEFAULT as SETTINGS
+from conceptkit.core.edit.default import FRAMES
 from conceptkit.core.edit.solve import LowRank, Problem, minimise
+from conceptkit.core.edit.texts import TEMPLATES
 from conceptkit.core.hosts.diffusers import load_model
 
 COUNTS = Counts(4, 2, 1, 2, 1)
@@ -34,9 +36,85 @@ def test_only_words_that_should_survive_are_drawn_for_survival(line: str) -> Non
     assert not survivors & {word.text, concept.replacement, *word.related, *word.entailed}
     assert not any(WORLD.words[text].synonym_of == word.text for text in survivors)
     assert len(neighbours(WORLD, word)) >= 2 and not set(neighbours(WORLD, word)) & set(unrelated(WORLD, concept))
-    assert all(case.word == word.text for name in ("concept", "synonym", "pair", "chance") for case in listed[name])
+    assert all(case.word == word.text for name in ("concept", "synonym", "attributed", "pair", "chance") for case in listed[name])
+    assert all(case.word == concept.replacement or WORLD.words[case.word].synonym_of == concept.replacement for case in listed["instead"])
+    assert all(case.word in case.prompt.split() for name in SURVIVE for case in listed[name])
+    assert {case.word for case in listed["part"]} == set(parts(WORLD, word)) and not set(parts(WORLD, word)) & survivors
     assert all(word.text in case.prompt.split() for case in listed["pair"])
     assert len({case for part in listed.values() for case in part}) == sum(map(len, listed.values()))
+
+
+def test_parts_are_of_composites_and_composites_hold_their_parts() -> None:
+    assert parts(WORLD, WORLD.words["bird"]) == ["robin", "finch", "raven"]
+    assert parts(WORLD, WORLD.words["robin"]) == ["bird"] and parts(WORLD, WORLD.words["doctor"]) == []
+    assert parts(WORLD, WORLD.words["disk"]) == [] and set(parts(WORLD, WORLD.words["red"])) == {"anger", "gothic", "festive"}
+
+
+@pytest.mark.parametrize("line", [*CONCEPTS, *suite_module.MORE_CONCEPTS])
+def test_no_prompt_is_one_that_the_method_solves_for(line: str) -> None:
+    (concept,) = parse_concepts(line)
+    listed = cases(WORLD, concept, Counts(64, 2, 1, 2, 1))
+
+    def wording(prompt: str) -> str:
+        return " ".join("_" if word in WORLD.words else word for word in prompt.split())
+
+    solved = {" ".join("_" if "{" in part else part for part in frame.split()) for frame in (*FRAMES, *TEMPLATES)}
+    asked = {wording(case.prompt) for name in ("attributed", "pair", "instead") for case in listed[name]}
+    assert not asked & solved
+    if WORLD.words[concept.text].role in ("shape", "colour", "exemplar"):
+        said = {word for case in listed["attributed"] for word in case.prompt.split()}
+        assert said >= {concept.text, *erasure.synonyms(WORLD, concept.text)} and len(listed["attributed"]) == 32
+        assert len(listed["instead"]) == (16 if concept.replacement and WORLD.words[concept.replacement].role != "texture" else 0)
+
+
+@pytest.mark.parametrize("call", JOINT)
+def test_of_several_concepts_none_is_counted_as_surviving(call: tuple[str, ...]) -> None:
+    listed = joint_cases(WORLD, call, Counts(8, 3, 1, 2, 1))
+    words = [WORLD.words[text] for text in call]
+    gone = {name for word in words for name in (word.text, *erasure.synonyms(WORLD, word.text), *word.related, *parts(WORLD, word))}
+    assert len(listed["concept"]) == 2 * len(call) and {case.word for case in listed["concept"]} == set(call)
+    assert {WORLD.words[case.prompt.split()[-1]].synonym_of for case in listed["synonym"]} <= set(call)
+    survivors = [{case.word for case in listed[name]} for name in ("neighbour", "unrelated")]
+    assert all(survivors) and not survivors[0] & survivors[1] and not gone & (survivors[0] | survivors[1])
+    assert planned_joint(WORLD, call, Counts(8, 3, 1, 2, 1)) == 24 * sum(map(len, listed.values()))
+
+
+def test_concepts_of_one_call_are_drawn_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    square = detect.ThingReading("square", "large", "red", "plain", None, None, frozenset(), 0.0)
+    monkeypatch.setattr(detect, "read", lambda picture: detect.Reading("white", (square,), False))
+    monkeypatch.setattr(erasure, "STEPS", 2)
+    counts = {"concept": 4, "neighbour": 1, "unrelated": 0, "attack": 1, "learn": 1}
+    found = {method: erasure.measure_joint("demo", "shapes", method, ["circle", "square"], counts) for method in (None, "uce-2025")}
+    assert all(result["evals"] == planned_joint(WORLD, ("circle", "square"), Counts(**counts)) for result in found.values())
+    assert all(result["hits"]["concept"] == [0, 1] and result["hits"]["mistaken"] == [1, 0] for result in found.values())
+    suite = EditSuite("quick", methods=(DEFAULT,))
+    jobs = [job for job in suite.jobs() if job.measure is erasure.measure_joint and len(job.arguments["concepts"]) == 2]
+    after = {"concept": [0] * 16 + [1] * 16, "mistaken": [0] * 32, "synonym": [0], "neighbour": [1, 0], "unrelated": [1]}
+    before = {"concept": [1] * 32, "mistaken": [1] * 32, "synonym": [1], "neighbour": [1, 1], "unrelated": [1]}
+    done = {
+        job.key: {"hits": before if job.arguments["method"] is None else after, "anchors": ["star", "heart"], "seconds": 1.0, "evals": 0}
+        for job in jobs
+    }
+    rows = suite.rows(done, frozenset())
+    (row,) = [row for row in rows if row["set"] == "joint"]
+    assert (row["method"], row["concepts"], row["presence_before"], row["presence_after"]) == (DEFAULT, 2, 1, 0.5)
+    assert (row["mistaken_before"], row["mistaken_after"], row["neighbour_drop"], row["unrelated_drop"]) == (1, 0, 0.5, 0)
+    bars = {bar.bar: bar for bar in suite.bars(rows)}
+    drawn = bars["2 at once: each is drawn after, at most 0.05"]
+    assert not drawn.met and drawn.value.endswith("worst square, 1.000")
+    assert row["mistaken_rise"] == -1 and bars["2 at once: another of them is drawn instead, more than before, at most 0.05"].met
+    assert not bars["2 at once: nearest neighbours lose, at most 0.05"].met
+
+
+def test_what_is_drawn_instead_is_counted_by_role() -> None:
+    suite = EditSuite(methods=(DEFAULT,))
+    job = next(job for job in suite.jobs() if job.measure is erasure.measure_kinds and job.arguments["world"] == "shapes")
+    kinds = (("shape", True), ("shape", True), ("style", False), ("style", False))
+    words = [{"word": f"word {i}", "role": role, "anchor": "x", "kind": kind} for i, (role, kind) in enumerate(kinds)]
+    (row,) = [row for row in suite.rows({job.key: {"words": words, "evals": 0}}, frozenset()) if row["set"] == "kinds"]
+    assert row["kind"] == 0.5 and row["plain"] == 1 and row["roles"] == {"shape": 1, "style": 0} and "scene" not in row
+    (bar,) = [bar for bar in suite.bars([row]) if "read as one" in bar.bar]
+    assert bar.met
 
 
 def test_concepts_are_of_many_kinds_and_some_are_replaced() -> None:
@@ -69,7 +147,9 @@ def test_the_plan_fits_the_profile_and_judges_first(tmp_path: Path, monkeypatch:
     assert next(part for part in parts if part.startswith("erase")) == f"erase, {DEFAULT}"
     assert parts.count("speed") == 3
     assert parts.count(f"erase, {DEFAULT}") == 4 == parts.count("before the edit")
-    assert all(job.baseline == (job.part != f"erase, {DEFAULT}") for job in plan.fresh if not job.exclusive)
+    ours = ("kinds", f"erase, {DEFAULT}", f"joint, {DEFAULT}")
+    assert all(job.baseline == (job.part not in ours) for job in plan.fresh if not job.exclusive)
+    assert parts.count("kinds") == 2 and parts.count(f"joint, {DEFAULT}") == len(JOINT) == parts.count("joint, before")
     assert all(job.exclusive == job.part.startswith("speed") for job in suite.jobs())
     assert all(set(job.arguments["sets"]) == set(SETS) for job in plan.fresh if job.part == f"erase, {DEFAULT}")
 
@@ -81,7 +161,7 @@ def test_the_full_profile_covers_every_method_and_twenty_edits() -> None:
     assert len(edits) >= 20 and len({job.key for job in suite.jobs()}) == len(suite.jobs())
     assert {job.arguments["concept"] for job in edits} == {*CONCEPTS, *suite_module.MORE_CONCEPTS}
     assert suite.size.counts.concept == 128 and EditSuite().size.counts.concept == 64
-    assert BEFORE[:5] == SETS[:5]
+    assert BEFORE[: len(DRAWN)] == SETS[: len(DRAWN)] == DRAWN
 
 
 def test_ablations_change_settings_that_there_are() -> None:

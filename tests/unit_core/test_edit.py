@@ -16,6 +16,7 @@ import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, LowRank, lora_tensors, parse_concepts, report_edit, save_lora, solve_edit
 from conceptkit.core.edit import texts as texts_module
+from conceptkit.core.edit import words as words_module
 from conceptkit.core.edit.default import Settings, _block, _null, _twin, conceptkit
 from conceptkit.core.edit.edit import single
 from conceptkit.core.edit.job import Job
@@ -428,7 +429,7 @@ def test_the_headline_says_what_matters():
     report = replace(edit.report, concepts=traces, neighbours=(WordShift("cross", 0.25), WordShift("ring", 0.1)))
     shown = replace(edit, report=replace(report, concepts=traces[2:3])).headline()
     assert shown == "c: 10% left; moved most: cross 25%"
-    assert replace(edit, report=report).headline() == "b: 30% left, d: 20% left, c: 10% left, 1 more; moved most: cross 25%"
+    assert replace(edit, report=report).headline() == "b: 30% left; d: 20% left; c: 10% left; 1 more; moved most: cross 25%"
     assert replace(edit, report=replace(report, concepts=traces[:1], neighbours=())).headline() == "a: 0% left"
     assert replace(edit, report=None).headline() == "cat -> dog; hat"
     assert edit.scale(0).headline() == edit.scale(0).summary()
@@ -720,11 +721,12 @@ def test_contexts_of_flux_and_sd3_take_the_conditioning_form(family, width, pool
 # Many at once
 
 
-def test_a_hundred_concepts_are_erased_in_one_call():
+def test_a_hundred_concepts_are_erased_in_one_call(monkeypatch):
     """In a text less than half as wide as SD 1.x's, and looking at fewer words than by default, to be quick about it."""
     letters = "bdfgklmn"
     words = tuple(f"{x}a{y}o{z}" for x in letters for y in letters for z in letters)
-    few = Settings(looked_at=4, siblings=2, frames=4)
+    monkeypatch.setattr(words_module, "LOOKED_AT", 16)
+    few = Settings(siblings=2, frames=4)
     one = Model("sd1", "wide", Said(words, 320), None, cross_attention=layers(320, out=192), words=words)
     concepts = parse_concepts(words[::5][:100])
     solution = conceptkit(Job(one, concepts), few)
