@@ -72,7 +72,7 @@ def unfinished(comfy, pattern):
 def bird(comfy):
     """The text of a decomposition, and the file it is kept in."""
     for path in kept(comfy, "*"):
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     state = comfy.probe("state")
     text = comfy.run(shown(comfy, ("node", 3), node=decompose()))["show"]["text"][0]
     assert comfy.probe("state") == state
