@@ -563,8 +563,8 @@ def _natural_bars(rows: Sequence[Mapping[str, Any]], world: str) -> Iterable[Bar
             continue
         doubles = "" if row["related_doubles"] is None else f"; words for two things at once: {row['related_doubles']:.2f}"
         if row["related"] is not None:
-            yield Bar(f"{label}: related at least 0.9 over all words for one thing", _figure(row, "related") + doubles, row["related"] >=
-            0.9)
+            figure = _figure(row, "related") + doubles
+            yield Bar(f"{label}: related at least 0.9 over all words for one thing", figure, row["related"] >= 0.9)
         if row["set"] == "natural_decoys":
             continue
         judged = [w for w in row["each"] if w["oracle_r2"] is not None and w["oracle_r2"] >= 0.9]
