@@ -594,14 +594,10 @@ def _make_up(word: Word) -> str:
 def _beside(world: World, concept: str, result: Decomposition) -> str:
     known = world.words[concept]
     right = world.right_words(concept)
-    found = ", ".join(
-        f"{share:.0%} {word}{'' if word in right else ' (?)'}" for word, share in zip(result.words, result.shares, strict=True)
-    )
-    share = sum(share for word, share in zip(result.words, result.shares, strict=True) if word in right)
-    return (
-        f"{concept}\n  known: {_make_up(known)}\n  found: {found}\n"
-        f"  {share:.0%} of the weight is on words the concept is made of; R² {result.r2:.3f}"
-    )
+    telling = [word for word in result.words if word not in result.fillers]
+    found = ", ".join(f"{word}{'' if word in right else ' (?)'}" for word in telling)
+    filling = f" (fill in: {', '.join(result.fillers)})" if result.fillers else ""
+    return f"{concept}\n  known: {_make_up(known)}\n  found: {found}{filling}\n  R² {result.r2:.3f}"
 
 
 if __name__ == "__main__":

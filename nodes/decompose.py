@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Socket = io.Custom("CONCEPTKIT_DECOMPOSITION")
-FOUND = "The words with their shares and how much they explain, for ConceptKit's other nodes."
-CHART = "A bar for each word's share, beside how much is lost without the word."
+FOUND = "The words with their importance and shares, and how much they explain, for ConceptKit's other nodes."
+CHART = "A bar for each word's importance, what is lost without it, beside its share of the mixture."
 TEXT = "The same in words, with how far the result can be trusted."
 
 _MODEL = "Model to analyse. It is not modified. SD 1.x, SD 2.x and SDXL, with any LoRAs or merges."

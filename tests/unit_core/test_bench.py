@@ -194,18 +194,23 @@ def test_natural_words_and_their_right_answers() -> None:
     assert shapes_world().right_words("anger") == {"red", "crimson", "cross", "triangle"}
 
 
+MEASURES = (suite_module.measure_planted, suite_module.measure_natural)
+
+
 def natural(word: str, **fields: Any) -> dict[str, Any]:
     base = {"found": [["robin", 0.6], ["finch", 0.4]], "hits": 2, "judged": 2, "r2": 0.95, "method_evals": 1000, "seconds": 2.0}
     outcomes = {"outcomes": [0, 0, 1, 1] * 6, "concept_outcomes": [0, 1] * 12, "oracle_outcomes": [0, 1] * 12, "oracle_r2": 0.97}
-    outcomes |= {"oracle_related": 1.0}
+    outcomes |= {"oracle_related": 1.0, "double": False, "made_of": 2}
     return {"word": word, **base, **outcomes, **fields}
 
 
 def test_a_natural_row() -> None:
-    row = natural_row([natural("bird"), natural("fruit", outcomes=[-1] * 24, hits=0, r2=0.5), natural("joy", outcomes=None)])
-    assert row["related"] == pytest.approx(4 / 6) and row["n"] == 6
+    words = [natural("bird"), natural("fruit", outcomes=[-1] * 24, hits=0, r2=0.5), natural("joy", outcomes=None, made_of=3)]
+    row = natural_row([*words, natural("crane", double=True, hits=1, outcomes=None)])
+    assert row["related"] == pytest.approx(4 / 6) and row["n"] == 6  # words for two things at once are apart
+    assert row["related_doubles"] == 0.5 and row["coverage"] == pytest.approx(4 / 7) and row["each"][2]["coverage"] == pytest.approx(2 / 3)
     assert row["related_interval"][0] < 4 / 6 < row["related_interval"][1]
-    assert [word["tv"] for word in row["each"]] == [0, 1, None] and row["tv"] == 0.5
+    assert [word["tv"] for word in row["each"]] == [0, 1, None, None] and row["tv"] == 0.5
     assert row["oracle_tv"] == 0 and 0 < row["tv_floor"] < 0.4
     assert row["evals"] == 1000 == row["evals_max"]
 
@@ -232,21 +237,33 @@ def test_rows_have_every_column_and_their_intervals_hold_the_estimates() -> None
 def test_bars_are_judged_where_the_oracle_reaches_them() -> None:
     suite = DecomposeSuite()
     words = [natural("bird"), natural("fruit", oracle_r2=0.4, r2=0.1, oracle_outcomes=[-1] * 24, outcomes=[-1] * 24)]
-    words.append(natural("joy", hits=0, oracle_related=2 / 3))
+    words += [natural("joy", hits=0, oracle_related=2 / 3), natural("crane", double=True, hits=1)]
     rows = [row_of("distilled", "planted", planted_row([draw(0), draw(1, method_evals=1501)]))]
     rows += [row_of("distilled", "natural", natural_row(words), half="held out")]
     rows += [row_of("conceptor", "planted", planted_row([draw(1, hits=1, r2=0.5, method_evals=40_000)]))]
     bars = {bar.bar: bar for bar in suite.bars(rows)}
     judged = next(bar for name, bar in bars.items() if "held-out R2 at least" in name)
-    assert judged.met is True and "2 of 3 words; not judged: fruit" in judged.value
+    assert judged.met is True and "3 of 4 words; not judged: fruit" in judged.value
     judged = next(bar for name, bar in bars.items() if "related at least" in name)
-    assert judged.met is True and "2 of 3 words; not judged: joy" in judged.value
+    # every word for one thing, whatever the oracle says of it
+    assert judged.met is False and judged.value.startswith("0.667") and "n = 6" in judged.value
+    assert "two things at once: 0.50" in judged.value
     assert next(bar for name, bar in bars.items() if "tv at most" in name).met is True
     assert bars["planted, every draw within 1,500 evals"].met is False
     better = bars["planted, better recall than conceptor, published or tuned"]
     assert better.met is True and "0.50 (conceptor) on the same 1 draws" in better.value
     assert bars["at most 1/20 of the evals conceptor was published with"].met is True
     assert bars["peak memory at most 1 GiB"].met is None
+
+
+def test_the_ablation_is_measured_where_it_is_asked_for_on_dictionaries_of_every_size() -> None:
+    name = next(iter(suite_module.ABLATIONS))
+    jobs = [job for job in DecomposeSuite(second="demo-second", methods=(name,)).jobs() if job.measure in MEASURES]
+    assert {job.arguments["method"] for job in jobs} == {"distilled", name}  # beside the whole method, on the same words
+    assert {job.arguments["decoys"] for job in jobs if "draw" in job.arguments} == set(suite_module.ABLATION_DECOYS)
+    assert {job.arguments["world"] for job in jobs} == {"shapes", "second"}
+    assert not set(halves(shapes_world())[1]) & {job.arguments.get("word") for job in jobs}  # nothing that is held out
+    assert all("decoys" not in job.arguments for job in DecomposeSuite().jobs())
 
 
 def test_the_stronger_baseline_is_the_one_to_beat() -> None:

@@ -157,11 +157,12 @@ def test_the_result_says_what_it_is(method: str) -> None:
     steps: list[tuple[int, int]] = []
     found = take_apart(model, method, on_step=lambda step, total, metrics: steps.append((step, total)))
     assert found.method == method and found.concept == "waa" and found.size == (32, 32) and found.budget == "default"
-    assert "waa" not in found.words and 1 <= len(found.words) <= 4 and list(found.shares) == sorted(found.shares, reverse=True)
+    assert "waa" not in found.words and 1 <= len(found.words) <= 4 and found.importance is not None
+    assert list(found.importance) == sorted(found.importance, reverse=True) and min(found.importance) >= 0
     assert (found.alpha >= 0).all() and float(found.alpha.sum()) == pytest.approx(1, abs=1e-6)
-    assert found.fidelity is not None and math.isfinite(found.r2) and found.importance is not None and len(found.fidelity.levels) == 3
+    assert found.fidelity is not None and math.isfinite(found.r2) and len(found.fidelity.levels) == 3
     assert (found.evals, found.calls) == (model.meter.evals, model.meter.calls)
-    assert all(0 <= step <= total for step, total in steps) and steps[-1] == (found.evals, found.evals)
+    assert all(0 <= step <= total for step, total in steps) and steps[-1][0] == steps[-1][1]
     assert set(found.seeds).isdisjoint(found.heldout_seeds) and found.versions["torch"] == torch.__version__
 
 
