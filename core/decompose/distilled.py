@@ -399,7 +399,7 @@ class _Fit:
         rows = [(tensors[f"rows.{i}"].to(at), tensors[f"offsets.{i}"].to(at)) for i in range(header["linearised"])]
         attempts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
         alphas = [tensors[f"alpha.{i}"] for i in range(len(attempts))]
-        shown = Shown(tensors["shown"]) if header["shown"] else None
+        shown = Shown(tensors["shown"]) if "shown" in tensors else None
         return _Progress(states, shown, rows, attempts, alphas), int(header["evals"]), int(header["calls"])
 
 
