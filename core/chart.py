@@ -39,12 +39,10 @@ def share_bars(
     title: str,
     subtitle: str = "",
 ) -> Picture:
-    """A decomposition: one bar a word, as long as its importance, and its share of the mixture beside it; without importances, of its
-    share.
+    """A decomposition: one bar a word, as long as its importance, and its share beside it; without importances, of its share.
 
-    words: at least one, drawn in the order given. shares, importances: 0 or more each. fillers: of the words, at the end, set apart and
-    pale.
-    Returns 1200 pixels wide, as high as the words need. Raises ValueError for other lengths or values.
+    words: at least one, drawn in the order given. shares, importances: 0 or more each. fillers: of the words, at the end, set apart
+    and pale. Returns 1200 pixels wide, as high as the words need. Raises ValueError for other lengths or values.
     """
     if not words:
         raise ValueError("there is no word to draw: give at least one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -346,6 +346,7 @@ def _answer(
     reuse: bool,
 ) -> tuple[Decomposition, str]:
     """One concept's decomposition, and what to say where it was found again or could not be kept. place: its number, of how many."""
+    from ..core.progress import part_of
     from .comfy_model import Progress
     from .store import checkpoint, forget_unfinished, found_again, keep
 
@@ -357,12 +358,8 @@ def _answer(
     number, count = place
     label = asked["concept"] if count == 1 else f"{asked['concept']} ({number + 1} of {count})"
     progress = Progress(node, wired[0], label)
-
-    def on_step(step: int, total: int, metrics: Mapping[str, float], /) -> None:
-        progress(number * total + step, count * total, metrics)
-
     unfinished = None if question is None else checkpoint(question, asked["concept"])
-    found = _computed(asked, wired, unfinished, on_step, progress.show)
+    found = _computed(asked, wired, unfinished, part_of(progress, number, count), progress.show)
     forget_unfinished()
     wrong = "" if question is None else keep(question, found)
     return found, f"{_NOT_KEPT}{wrong}" if wrong else ""

@@ -2,8 +2,7 @@
 
 The target is the model's own prediction with the concept's prompt, at the states its sampler passed through, so the loss
 sum_s ||eps(x_s, alpha) - eps(x_s, concept)||^2 carries no noise and vanishes wherever the words say the same as the concept. Three
-splits of
-the sampled images keep apart what fits (``pictures``), what chooses (``validation``) and what is reported (``heldout``).
+splits of the sampled images keep apart what fits (``pictures``), what chooses (``validation``) and what is reported (``heldout``).
 """
 
 from __future__ import annotations
@@ -51,13 +50,12 @@ class Settings:
     """How much is spent, in states and samples.
 
     pictures, validation, heldout: images sampled for the fit, for choosing and for measuring, 2 evals a step; steps, guidance: the
-    sampler's.
-    shown: words whose own predictions are looked at, at ``looked`` states. searched: words that sets are made of. rows: random projections
-    that linearise the model at the concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself compares on
-    ``judged`` states. refined: states of the Gauss-Newton step on the chosen weights. again: how often the model is linearised anew, at the
-    best words so far and with a third as many rows, where these explain too little. The rest weighs the `Evidence`: measurements that the
-    predictions of a mixture, what words show by themselves and the token's embedding count as, the last at most; fills: measurements that
-    predictions count as where words only fill in.
+    sampler's. shown: words whose own predictions are looked at, at ``looked`` states. searched: words that sets are made of. rows: random
+    projections that linearise the model at the concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself
+    compares on ``judged`` states. refined: states of the Gauss-Newton step on the chosen weights. again: how often the model is linearised
+    anew, at the best words so far and with a third as many rows, where these explain too little. The rest weighs the `Evidence`:
+    measurements that the predictions of a mixture, what words show by themselves and the token's embedding count as, the last at most;
+    fills: measurements that predictions count as where words only fill in.
     """
 
     pictures: int = 6
@@ -95,9 +93,8 @@ BUDGETS: Mapping[str, Settings] = MappingProxyType(
 def decompose_distilled(task: Task) -> Decomposition:
     """Take the task's concept apart by matching the model's own predictions for it; ``Decomposition.r2`` says how far that got.
 
-    With ``task.checkpoint``, intermediate results are saved there; an interrupted run resumes and gives the identical result, after
-    which the
-    file is deleted. Raises ArtifactError for a checkpoint of other inputs, ValueError for a concept that the model ignores.
+    With ``task.checkpoint``, intermediate results are saved there; an interrupted run resumes and gives the identical result,
+    after which the file is deleted. Raises ArtifactError for a checkpoint of other inputs, ValueError for a concept that the model ignores.
     """
     return _Fit(task, task.choose(BUDGETS)).run()
 

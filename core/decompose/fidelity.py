@@ -63,8 +63,10 @@ def sampled_states(task: Task, seeds: Sequence[int], steps: int, guidance: float
 
 
 def measure(mixture: Mixture, alpha: Tensor, states: States, report: Callable[[], None]) -> tuple[Fidelity, tuple[float, ...]]:
-    """`fidelity` and `importance` at the same states: 1 + words evals each. ``Fidelity.fitted`` and ``every_word`` are left to the
-    caller."""
+    """`fidelity` and `importance` at the same states: 1 + words evals each.
+
+    ``Fidelity.fitted`` and ``every_word`` are left to the caller.
+    """
     return fidelity(mixture, alpha, states, report), importance(mixture, states, report)
 
 

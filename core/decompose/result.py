@@ -65,9 +65,8 @@ class Fidelity:
 
     R2_cond = 1 - sum ||eps_w - eps_c||^2 / sum ||eps_empty - eps_c||^2: 1 is the concept itself, 0 no better than the empty prompt.
     ``heldout``: on images that neither fitted nor chose; ``fitted``: on those by which the result was chosen; ``levels``: held out, from
-    the noisiest third of the
-    steps (layout) to the cleanest (detail); ``every_word``: held out, before all but the strongest words were dropped. None where a
-    method has no such number.
+    the noisiest third of the steps (layout) to the cleanest (detail); ``every_word``: held out, before all but the strongest words were
+    dropped. None where a method has no such number.
     """
 
     heldout: float

@@ -26,12 +26,9 @@ class Evidence:
     """How well some words account for a concept, in nats; only differences mean anything.
 
     Three views of a concept: what the model predicts for it, as ``predictions`` independent measurements that the words' mixture is to
-    repeat;
-    the same as ``shown`` measurements that the words' own effects are to add up to; and its embedding, ``embedding`` numbers. Each
-    counts as
-    the likelihood of Gaussian errors of unknown size, -n/2 log(unexplained share), where shares below ``floor`` are estimation error. A
-    word
-    costs log(candidates), what it takes to name it. A view of 0 measurements is left out.
+    repeat; the same as ``shown`` measurements that the words' own effects are to add up to; and its embedding, ``embedding`` numbers.
+    Each counts as the likelihood of Gaussian errors of unknown size, -n/2 log(unexplained share), where shares below ``floor`` are
+    estimation error. A word costs log(candidates), what it takes to name it. A view of 0 measurements is left out.
     """
 
     candidates: int

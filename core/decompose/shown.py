@@ -2,8 +2,8 @@
 
 At a state x_s of the concept's sampling, a word's effect is d_w(s) = eps(x_s, word) - eps(x_s, empty), and the concept's d_c(s) likewise. A
 denoiser that may draw any of several things predicts the mean of what each alone predicts, weighted by how likely each is at this state
-(Tweedie's formula for a mixture), and attributes that hold together add up. Both are non-negative combinations with weights of each
-state's own:
+(Tweedie's formula for a mixture), and attributes that hold together add up. Both are non-negative combinations, each state with weights
+of its own:
 
     shown(W) = 1 - sum_s min_{b >= 0} ||d_c(s) - sum_{w in W} b_w d_w(s)||^2 / sum_s ||d_c(s)||^2.
 
@@ -23,7 +23,7 @@ from .sparse import nnls
 from .states import States
 
 _PART = 16
-"""States a call."""
+"""Words a call."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Shown:
 def show(model: Model, prompts: Conditioning, states: States, weights: Tensor | None, report: Callable[[], None]) -> Shown:
     """The effects of each of ``prompts`` (words, ...) at ``states``: words * states evals.
 
-    weights: (states,), what each state stands for, 1 by default. ``report`` runs after each state, between which nothing is kept but
-    products.
+    weights: (states,), what each state stands for, 1 by default. ``report`` runs after each state, between which nothing but
+    products is kept.
     """
     grams = []
     for index in range(len(states)):

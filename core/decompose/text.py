@@ -38,14 +38,14 @@ BUDGETS: Mapping[str, Settings] = MappingProxyType(
 
 
 def decompose_text(task: Task) -> Decomposition:
-    """The sparse code of the concept's token embeddings (`text_code`) or of its encoded prompt (`PromptSpace.code`), as a decomposition.
+    """The sparse code of the concept's token embeddings or of its encoded prompt (`PromptSpace.code`), as a decomposition.
 
     Taken is the one whose mixture, put in the template, is encoded nearer to the concept's prompt. It is measured like any other
     decomposition where the budget pays for that.
     """
     options = task.choose(BUDGETS)
     mixture = Mixture.of(task.model, task.template, task.pool)
-    codes = {"token embeddings": text_code(task), "encoded prompts": prompt_space(task).code(task.words)}
+    codes = dict(zip(("token embeddings", "encoded prompts"), text_codes(task, prompt_space(task), task.words), strict=True))
     teacher = _means(task.teacher)
     with torch.no_grad():
         missed = {space: float((_means(mixture.encode(code[None])) - teacher).norm()) for space, code in codes.items()}
@@ -83,16 +83,6 @@ def decompose_text(task: Task) -> Decomposition:
         model=task.model.name,
         selected=f"the text encoder: the code of the {space}",
     )
-
-
-def text_code(task: Task) -> Tensor:
-    """Weights (pool,) >= 0 with sum 1, at most ``task.words`` of them above 0, whose mixture lies nearest to the concept's embeddings.
-
-    Non-negative lasso at several penalties, its strongest words exchanged while that helps and refitted; the one with the smallest
-    angle to the target is taken. The target of a concept of several tokens is the sum of their unit vectors, stop words left out: the
-    mixture then holds words near each of them. Every text encoder counts alike. Costs no evals.
-    """
-    return _nearest(task.words, *_token_space(task))
 
 
 def _token_space(task: Task) -> tuple[Tensor, Tensor]:
@@ -142,14 +132,18 @@ def prompt_space(task: Task, chunk: int = 64) -> PromptSpace:
 
 
 def text_codes(task: Task, space: PromptSpace, count: int) -> list[Tensor]:
-    """The concept as ``count`` words by its token embeddings, and by its encoded prompt: weights (pool,)."""
+    """The concept by its token embeddings, and by its encoded prompt: weights (pool,) >= 0 with sum 1, at most ``count`` above 0.
+
+    Non-negative lasso at several penalties, its strongest words exchanged while that helps and refitted; the one with the smallest angle to
+    the target is taken. The embeddings of a concept of several tokens are the sum of their unit vectors, stop words left out: the mixture
+    then holds words near each of them. Every text encoder counts alike. Costs no evals.
+    """
     return [_nearest(count, *_token_space(task)), space.code(count)]
 
 
 def shortlist(task: Task, space: PromptSpace, looked: int, searched: int) -> list[int]:
     """Candidates (indices of the pool): the ``looked`` nearest to the concept as encoded prompts, then the nearest by prompt and by
-    embedding
-    in turns, ``searched`` in all."""
+    embedding in turns, ``searched`` in all."""
     atoms, target = _token_space(task)
     nearest = [space.cosines, normalize(atoms, dim=1) @ normalize(target, dim=0)]
     by_prompt, by_embedding = (cosines.argsort(descending=True, stable=True).tolist() for cosines in nearest)
