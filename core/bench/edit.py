@@ -20,7 +20,6 @@ from .decompose import _digest, weights_digest
 from .edit_speed import COLUMNS, measure_speed, measure_verb
 from .erasure import (
     ABLATIONS,
-    KINDS,
     STEPS,
     Case,
     Counts,
@@ -30,6 +29,8 @@ from .erasure import (
     measure_edit,
     measure_joint,
     measure_kinds,
+    measure_scenes,
+    of_kinds,
     planned,
     planned_joint,
 )
@@ -66,16 +67,18 @@ THREADS = 2
 PROTOCOL = 2
 """Raised whenever what a job measures changes, so that older results are not taken for it."""
 CERTIFICATE = "erase, for the certificate"
-_CODE = ("default.py", "edit.py", "erase.py", "job.py", "layers.py", "presets.py", "report.py", "solve.py", "texts.py", "words.py")
+_CODE = ("context_edit.py", "erase.py", "job.py", "joint.py", "layers.py", "presets.py", "report.py", "solve.py", "texts.py", "words.py")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much a profile measures. counts, ablation: pictures, and those of the ablation; official_layers: layers of each height that the
-    published loops are timed on. kinds: pictures of each word that something else is drawn for."""
+    """How much a profile measures. counts, joint, ablation: pictures, those of several concepts in one call and of the ablation.
+    official_layers: layers of each height that the published loops are timed on. kinds: pictures of each word that something else is
+    drawn for."""
 
     concepts: tuple[str, ...]
     counts: Counts
+    joint: Counts
     ablation: Counts
     official_layers: int
     kinds: int
@@ -83,8 +86,10 @@ class Size:
 
 
 SIZES: Mapping[Profile, Size] = {
-    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), Counts(20, 6, 0, 8, 0), 2, 0, 150_000),
-    "full": Size((*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), Counts(64, 24, 0, 32, 0), 1000, 8, None),
+    "quick": Size(CONCEPTS, Counts(64, 12, 4, 16, 40), Counts(64, 12, 12, 0, 0), Counts(20, 6, 0, 8, 0), 2, 4, 150_000),
+    "full": Size(
+        (*CONCEPTS, *MORE_CONCEPTS), Counts(128, 48, 8, 64, 120), Counts(128, 24, 24, 0, 0), Counts(64, 24, 0, 32, 0), 1000, 8, None
+    ),
 }
 
 
@@ -119,7 +124,8 @@ class EditSuite:
         jobs = [self._speed(size) for size in ("sd15", "sdxl")] + [self._verb()]
         jobs += [self._erase(DEFAULT, concept) for concept in self.size.concepts if DEFAULT in self.measured]
         jobs += [self._before(concept) for concept in self.size.concepts]
-        jobs += [self._kinds(world) for world in ("shapes", "second") if DEFAULT in self.measured]
+        worlds = ("shapes", "second") if DEFAULT in self.measured else ()
+        jobs += [self._kinds(world, measure) for measure in (measure_kinds, measure_scenes) for world in worlds]
         jobs += [self._joint(method, call) for method in (DEFAULT, None, *JOINT_METHODS[1:]) if self._asked(method) for call in JOINT]
         jobs += [self._erase(method, concept) for method in self.measured if method != DEFAULT for concept in self.size.concepts]
         if self.profile == "quick":
@@ -174,18 +180,19 @@ class EditSuite:
         return method is None or (method in self.measured and (method == DEFAULT or self.profile == "full"))
 
     def _joint(self, method: str | None, call: Sequence[str]) -> Job:
-        evals = planned_joint(shapes_world(), call, self.size.counts)
-        asked = self._on_demo({"method": method, "concepts": list(call), "counts": asdict(self.size.counts)})
+        evals = planned_joint(shapes_world(), call, self.size.joint)
+        asked = self._on_demo({"method": method, "concepts": list(call), "counts": asdict(self.size.joint)})
         part = "joint, before" if method is None else f"joint, {method}"
         code = () if method is None else self._digests
         return Job(part, measure_joint, asked, evals, (str(PROTOCOL), weights_digest(self.model), *code), baseline=method != DEFAULT)
 
-    def _kinds(self, world: str) -> Job:
+    def _kinds(self, world: str, measure: Callable[..., Result]) -> Job:
         known, model = (shapes_world(), self.model) if world == "shapes" else (second_world(), "demo-second")
-        words = [word for word in known.by_role(*KINDS) if word.synonym_of is None]
         asked = {"model": model, "world": world, "pictures": self.size.kinds}
-        evals = 2 * STEPS * self.size.kinds * len(words)
-        return Job("kinds", measure_kinds, asked, evals, (str(PROTOCOL), weights_digest(model), *self._digests), baseline=False)
+        evals = 2 * STEPS * self.size.kinds * len(of_kinds(known))
+        before = measure is measure_scenes
+        key = (str(PROTOCOL), weights_digest(model), *(() if before else self._digests))
+        return Job("kinds, before" if before else "kinds", measure, asked, evals, key, baseline=before)
 
     @property
     def _digests(self) -> tuple[str, ...]:
@@ -218,7 +225,8 @@ class EditSuite:
             if mine:
                 rows.append(_erase_row("erase", method, mine, done, before, cached))
         rows += _joint_rows([job for job in self._jobs if job.measure is measure_joint], done)
-        rows += [_kinds_row(job, done[job.key]["words"]) for job in self._jobs if job.measure is measure_kinds and job.key in done]
+        scenes = {job.arguments["world"]: done[job.key]["scene"] for job in self._jobs if job.measure is measure_scenes and job.key in done}
+        rows += [_kinds_row(job, done[job.key]["words"], scenes) for job in self._jobs if job.measure is measure_kinds and job.key in done]
         for name in self._ablations:
             mine = [job for job in self._jobs if job.measure is measure_ablation and job.arguments["method"] == name and job.key in done]
             if mine:
@@ -451,8 +459,8 @@ def _joint_bars(row: Mapping[str, Any]) -> Iterable[Bar]:
         yield Bar(f"{count} at once: {label}, at most {limit:g}", _figure(row, name), None if row[name] is None else row[name] <= limit)
 
 
-def _kinds_row(job: Job, words: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many words are read as one of their kind, by role, and what pictures show of that where they were drawn."""
+def _kinds_row(job: Job, words: Sequence[Mapping[str, Any]], scenes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """How many words are read as one of their kind, by role, and what pictures show of that; scenes: by world, of the unedited model."""
     row: dict[str, Any] = {"set": "kinds", "world": job.arguments["world"], "n": len(words)}
     row["kind"] = statistics.fmean(word["kind"] for word in words)
     # Of moods, styles and words for two things at once no two are quite of a kind.
@@ -462,6 +470,8 @@ def _kinds_row(job: Job, words: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for key in ("shown", "scene", "same"):
         hits = [hit for word in words for hit in word.get(key, [])]
         row |= {key: statistics.fmean(hits)} if hits else {}
+    before = scenes.get(row["world"])
+    row |= {"scene_before": statistics.fmean(before)} if before else {}
     return {**row, "each": {word["word"]: word["anchor"] for word in words}}
 
 

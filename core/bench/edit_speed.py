@@ -157,6 +157,8 @@ def measure_speed(size: str, threads: int, methods: bool, layers: int, pairs: in
     and ``COLUMNS`` of them in one call, too. layers: of each height that the published loops are timed on; their seconds are scaled up to
     all of them. pairs: rounds of ours and theirs.
     """
+    import scipy.optimize  # noqa: F401  a library that is loaded once, in ComfyUI at its start, is no memory of an edit
+
     torch.set_num_threads(threads)
     family, width, heights = LAYERS[size]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

@@ -48,12 +48,11 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "without prompts with other words": {"frames": 0},
     "without synonyms": {"synonyms": False},
     "without near words that stay": {"siblings": 0},
-    "without parts that stay": {"related": 0.0},
+    "without parts that stay": {"related": False},
     "without an anchor of its kind": {"kind": False},
     "without an exact empty prompt": {"null": 0.0, "empty": 0.0},
-    "with derived columns": {"rounds": 2},
 }
-"""What the default method is tried without (and with), as changes to its settings."""
+"""What the default method is tried without, as changes to its settings."""
 LEARN_BATCH = 8
 LEARN_RATE = 0.1
 """Of Adam, in units of a table row's root mean square."""
@@ -233,9 +232,9 @@ def measure_edit(
 def measure_ablation(model: str, world: str, method: str, concept: str, counts: Mapping[str, int], sets: Sequence[str]) -> Result:
     """The same for the default method without one of its ingredients, and where the concept is left, by the trace. sets may be empty."""
     from ..edit import ContextEdit, parse_concepts, report_edit
-    from ..edit.default import DEFAULT, conceptkit
-    from ..edit.edit import single
+    from ..edit.context_edit import single
     from ..edit.job import Job
+    from ..edit.joint import DEFAULT, conceptkit
     from .decompose import WORLDS, _model
 
     loaded = _model(model)
@@ -321,7 +320,7 @@ def joint_cases(world: World, concepts: Sequence[str], counts: Counts) -> dict[s
             for text in synonyms(world, word.text)
             for seed in seeds
         ],
-        "neighbour": [Case(TEMPLATE.replace("{}", text), 63_000 + i, text) for text in near for i in range(max(1, counts.neighbour // 3))],
+        "neighbour": [Case(TEMPLATE.replace("{}", text), 63_000 + i, text) for text in near for i in range(counts.neighbour)],
         "unrelated": [Case(TEMPLATE.replace("{}", text), 64_000 + i, text) for text in far for i in range(counts.unrelated)],
     }
 
@@ -357,26 +356,49 @@ def measure_kinds(model: str, world: str, pictures: int) -> Result:
     """What is read in the place of each shape, exemplar, composite and occupation, erased one by one, and with ``pictures`` of each what is
     drawn then: whether it is a scene at all (every thing in it is one that the world knows), and one of the same kind."""
     from ..edit import Concept, solve_edit
-    from ..edit.default import DEFAULT, anchors
     from ..edit.job import Job
+    from ..edit.joint import DEFAULT, anchors
     from .decompose import WORLDS, _model
 
     loaded, known = _model(model), WORLDS[world]()
-    words = [word for word in known.by_role(*KINDS) if word.synonym_of is None]
     before, found, shared = loaded.meter.evals, [], Job(loaded, ())
-    for word in words:
+    for word in of_kinds(known):
         job = Job(loaded, (Concept(word.text),))
         job.texts, job.words = shared.texts, shared.words
         (anchor,) = anchors(job, DEFAULT)
         row: dict[str, Any] = {"word": word.text, "role": word.role, "anchor": anchor, "kind": of_a_kind(known, word.text, anchor)}
         if pictures:
-            listed = [Case(TEMPLATE.replace("{}", word.text), 65_000 + i, word.text) for i in range(pictures)]
+            listed = _of_word(word, pictures)
             seen = look(loaded, listed, solve_edit(loaded, [word.text]))
             row["shown"] = judged(known, listed, seen)
-            row["scene"] = [int(bool(reading.things) and all(thing.kind != "other" for thing in reading.things)) for reading in seen]
+            row["scene"] = [_is_scene(reading) for reading in seen]
             row["same"] = [int(bool(scene) and _same_kind(word, reading)) for scene, reading in zip(row["scene"], seen, strict=True)]
         found.append(row)
     return {"words": found, "evals": loaded.meter.evals - before}
+
+
+def measure_scenes(model: str, world: str, pictures: int) -> Result:
+    """Whether what the unedited model draws for the words of ``measure_kinds``, with the same seeds, is a scene."""
+    from .decompose import WORLDS, _model
+
+    loaded = _model(model)
+    before = loaded.meter.evals
+    listed = [case for word in of_kinds(WORLDS[world]()) for case in _of_word(word, pictures)]
+    return {"scene": [_is_scene(reading) for reading in look(loaded, listed, None)], "evals": loaded.meter.evals - before}
+
+
+def of_kinds(world: World) -> list[Word]:
+    """The words that something else is drawn for, one by one: of ``KINDS``, but for synonyms."""
+    return [word for word in world.by_role(*KINDS) if word.synonym_of is None]
+
+
+def _of_word(word: Word, pictures: int) -> list[Case]:
+    return [Case(TEMPLATE.replace("{}", word.text), 65_000 + i, word.text) for i in range(pictures)]
+
+
+def _is_scene(reading: Reading) -> int:
+    """1 where a picture holds things, and none that the detectors do not know."""
+    return int(bool(reading.things) and all(thing.kind != "other" for thing in reading.things))
 
 
 def of_a_kind(world: World, text: str, anchor: str) -> bool:

@@ -1,7 +1,7 @@
 """Erasing and replacing concepts in closed form: one matrix T = I + U V^T on the text, whatever reads it."""
 
 from ..phrases import Concept, parse_concepts
-from .edit import ContextEdit, WeightPatch
+from .context_edit import ContextEdit, WeightPatch
 from .erase import METHODS, report_edit, solve_edit
 from .export import lora_tensors, save_lora
 from .presets import Preset

@@ -15,9 +15,9 @@ from ..model import Model, NonFinite
 from ..phrases import Concept, parse_concepts, parse_list
 from ..progress import OnStep, silent
 from ..vocabulary import STOP_WORDS, candidates, is_known, stem
-from .default import conceptkit
-from .edit import ContextEdit, single
+from .context_edit import ContextEdit, single
 from .job import Job, Parts
+from .joint import conceptkit
 from .layers import cross_attention, in_single
 from .presets import PRESETS, Preset
 from .report import Adversary, Clash, ConceptTrace, Report, WordShift, distortion, shift, trace
@@ -26,12 +26,7 @@ from .texts import check_concepts, common_words, fill, words_of
 from .words import SYNONYM
 
 METHODS: Mapping[str, Preset] = {
-    "conceptkit": Preset(
-        "ConceptKit",
-        "what the closed forms do well, solved as one problem",
-        "the concept wherever a prompt says it, near words and captions kept, the empty prompt exact",
-        conceptkit,
-    ),
+    "conceptkit": Preset(conceptkit),
     **PRESETS,
 }
 """Every method by name, the default first."""

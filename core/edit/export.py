@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..artifact import ArtifactError, beside
 from ..model import CrossAttention
-from .edit import ContextEdit
+from .context_edit import ContextEdit
 
 _OTHER_NAMES = {"add_embedding.linear_1": "label_emb_0_0"}
 """Layers that loaders know by the name they have in the original UNet only."""

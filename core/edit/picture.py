@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..chart import Picture, edit_report
-from .edit import ContextEdit
+from .context_edit import ContextEdit
 from .report import Report
 
 

@@ -104,9 +104,6 @@ class Recipe:
 class Preset:
     """A method by name: its recipe and how it is solved. balances: moves shares between attributes instead of erasing."""
 
-    title: str
-    source: str
-    description: str
     solve: Callable[[Job], Solution]
     balances: bool = False
 
@@ -258,7 +255,8 @@ def spectral_eraser(alpha: float = 2.0) -> Callable[[Job], Solution]:
         forgotten, f = scaled(torch.cat([prompt.context[[prompt.last, prompt.end]] for prompt in prompts]))
         stay = [job.texts.prompt("{}", text) for text in (*(c.replacement for c in job.concepts if c.replacement), *job.keep)]
         retained, r = scaled(torch.cat([job.texts.context(""), *(prompt.context[[prompt.last, prompt.end]] for prompt in stay)]))
-        return Solution(LowRank(-forgotten * f, forgotten - retained @ ((retained.T @ forgotten) * r[:, None])), _anchors(job))
+        u, v = -forgotten * f, forgotten - retained @ ((retained.T @ forgotten) * r[:, None])
+        return Solution(LowRank(u, v), ("",) * len(job.concepts))
 
     return solve
 
@@ -475,74 +473,27 @@ MACE's captions weigh train_preserve_scale squared (its code applies it twice) t
 its objects have no prior and a ridge of 10 to 1,000. TRCE's weigh preserve_scale squared, over its 30,000 captions.
 """
 
-_UCE = "Gandikota et al., Unified Concept Editing, WACV 2024"
-_TIME = "Orgad, Kawar and Belinkov, Editing Implicit Assumptions in Text-to-Image Diffusion Models, ICCV 2023"
-_RECE = "Gong et al., RECE, ECCV 2024"
-_MACE = "Lu et al., MACE, CVPR 2024"
-_ELSEWHERE = "a concept without a replacement is left out of the prompt, where the official code always names a destination"
-_ABOUT: dict[str, tuple[str, str, str]] = {
-    "uce-2025": ("UCE (2025 code)", _UCE, "the concept's last token alone"),
-    "uce-2025-expanded": ("UCE (2025 code, prompts expanded)", _UCE, "the concept's last token in a few prompts"),
-    "uce-2023": ("UCE (2023 code)", _UCE, "from the concept's last token to the end of the prompt; keeps the empty prompt"),
-    "time": ("TIME", _TIME, f"every token of the prompt, matched to its like in the replacement; {_ELSEWHERE}"),
-    "time-augmented": ("TIME (augmented)", _TIME, "the same in four prompts"),
-    "mace": ("MACE, stage 1", _MACE, f"the words around the concept, in thirty prompts, against a caption prior; {_ELSEWHERE}"),
-    "mace-no-prior": ("MACE, stage 1 without a prior", _MACE, f"the words around the concept, in thirty prompts; {_ELSEWHERE}"),
-    "trce": ("TRCE, stage 1", "TRCE, ICCV 2025", f"the end token alone, in fifteen prompts, against a caption prior; {_ELSEWHERE}"),
-}
-
-PRESETS: dict[str, Preset] = {name: Preset(*_ABOUT[name], closed_form(recipe)) for name, recipe in RECIPES.items()} | {
-    "realera": Preset("RealEra, stage 1", "arXiv 2410.09140", "the last token and caption-like neighbours of it", realera(isotropic=False)),
-    "realera-isotropic": Preset(
-        "RealEra, stage 1 (isotropic)", "arXiv 2410.09140", "the last token and random neighbours of it", realera(isotropic=True)
-    ),
-    "rece": Preset(
-        "RECE (recipe for nudity)",
-        _RECE,
-        "UCE (2023), then three rounds of derived embeddings (mu 0.1); the empty text is retained once for every concept, as in train.py",
-        rece(0.1, 3, empty_per_concept=True),
-    ),
-    "rece-objects": Preset(
-        "RECE (objects, styles)",
-        _RECE,
-        "UCE (2023), then one round (mu 0.001), as its README has it for objects and styles; the empty text is retained once",
-        rece(1e-3, 1, empty_per_concept=False),
-    ),
-    "uce-debias-2025": Preset(
-        "UCE balancing (2025 code)", _UCE, "adds attributes to the last token", balance(UCE_2025, scaled=False), balances=True
-    ),
-    "uce-debias-2023": Preset(
-        "UCE balancing (2023 code)",
-        _UCE,
-        "adds attributes from the last token on, as strong as the concept is in each layer",
-        balance(Recipe(last_to_end, ridge=0.5, kept="all", keep_weight=lambda n: 0.1), scaled=True),
-        balances=True,
-    ),
-    "dp": Preset(
-        "DP (Double Projections)",
-        "Zhang et al., Closed-Form Concept Erasure via Double Projections, CVPR 2026",
-        "the concept's last token, in the null space of words that stay; common words near the concept stand in for the retain set",
-        double_projections(),
-    ),
-    "cure": Preset(
-        "CURE",
-        "Das Biswas et al., CURE, NeurIPS 2025, equations 2 to 7",
-        "projects the concept's directions out but for those of the empty text and of words to keep; it has no destination, "
-        "so a replacement only stays as it is",
-        spectral_eraser(),
-    ),
-    "mist": Preset(
-        "MIST",
-        "Yesiltepe et al., MIST, arXiv 2403.19738",
-        f"the end token of the concept's own prompt (lambda as in TIME: the published value was not found); {_ELSEWHERE}",
-        closed_form(Recipe(first_end, ridge=0.1)),
-    ),
-    "speed": Preset(
-        "SPEED",
-        "Li et al., SPEED, ICLR 2026",
-        "the concept's last token, in the null space of the words it would move most; common words near the concept stand in for the "
-        f"retain set; {_ELSEWHERE}",
-        speed(),
-    ),
+PRESETS: dict[str, Preset] = {
+    # Gandikota et al., Unified Concept Editing, WACV 2024; Orgad, Kawar and Belinkov, Editing Implicit Assumptions, ICCV 2023 (time);
+    # Lu et al., MACE, CVPR 2024, its first stage; TRCE, ICCV 2025, its first stage.
+    **{name: Preset(closed_form(recipe)) for name, recipe in RECIPES.items()},
+    # RealEra, arXiv 2410.09140, its first stage: the last token with caption-like or random neighbours of it.
+    "realera": Preset(realera(isotropic=False)),
+    "realera-isotropic": Preset(realera(isotropic=True)),
+    # Gong et al., RECE, ECCV 2024: the recipe for nudity (train.py), and that for objects and styles (README, train_object.py).
+    "rece": Preset(rece(0.1, 3, empty_per_concept=True)),
+    "rece-objects": Preset(rece(1e-3, 1, empty_per_concept=False)),
+    # UCE's balancing, of its two codes.
+    "uce-debias-2025": Preset(balance(UCE_2025, scaled=False), balances=True),
+    "uce-debias-2023": Preset(balance(Recipe(last_to_end, ridge=0.5, kept="all", keep_weight=lambda n: 0.1), scaled=True), balances=True),
+    # Zhang et al., Closed-Form Concept Erasure via Double Projections, CVPR 2026.
+    "dp": Preset(double_projections()),
+    # Das Biswas et al., CURE, NeurIPS 2025, equations 2 to 7.
+    "cure": Preset(spectral_eraser()),
+    # Yesiltepe et al., MIST, arXiv 2403.19738: the end token of the concept's own prompt; lambda as in TIME, the published value was not
+    # found.
+    "mist": Preset(closed_form(Recipe(first_end, ridge=0.1))),
+    # Li et al., SPEED, ICLR 2026.
+    "speed": Preset(speed()),
 }
 """Published methods by name."""

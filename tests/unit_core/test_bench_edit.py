@@ -16,8 +16,8 @@ from conceptkit.core.bench.erasure import ABLATIONS, Counts, cases, joint_cases,
 from conceptkit.core.demo import detect
 from conceptkit.core.demo.world import shapes_world
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, parse_concepts, solve_edit
-from conceptkit.core.edit.default import DEFAULT as SETTINGS
-from conceptkit.core.edit.default import FRAMES
+from conceptkit.core.edit.joint import DEFAULT as SETTINGS
+from conceptkit.core.edit.joint import FRAMES
 from conceptkit.core.edit.solve import LowRank, Problem, minimise
 from conceptkit.core.edit.texts import TEMPLATES
 from conceptkit.core.hosts.diffusers import load_model

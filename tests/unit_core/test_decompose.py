@@ -379,7 +379,6 @@ def test_the_surrogate_s_equations_are_its_derivatives_and_vanish_along_alpha() 
     assert torch.allclose(surrogate.cosine(torch.stack([truth, 7 * truth])), torch.ones(2, dtype=torch.double))
 
 
-
 @pytest.mark.parametrize("start", [[4, 7], [2, 5, 7], [9]])
 def test_a_search_goes_to_the_planted_words_from_where_some_are_wrong_or_too_many(start: list[int]) -> None:
     surrogate, truth = planted_pair()
@@ -422,7 +421,6 @@ def test_a_result_worse_than_no_words_says_that_it_explains_nothing() -> None:
     assert found.fidelity is not None and "explains nothing" not in found.summary()
     poor = replace(found, fidelity=replace(found.fidelity, heldout=-0.5))
     assert "explains nothing (R2 -0.50)" in poor.summary() and "do not explain" in poor.summary()
-
 
 
 def test_polishing_never_loses_and_keeps_to_its_words() -> None:

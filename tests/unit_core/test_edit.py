@@ -17,9 +17,9 @@ from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, LowRank, lora_tensors, parse_concepts, report_edit, save_lora, solve_edit
 from conceptkit.core.edit import texts as texts_module
 from conceptkit.core.edit import words as words_module
-from conceptkit.core.edit.default import Settings, _block, _null, _twin, conceptkit
-from conceptkit.core.edit.edit import single
+from conceptkit.core.edit.context_edit import single
 from conceptkit.core.edit.job import Job
+from conceptkit.core.edit.joint import Settings, _block, _null, _twin, conceptkit
 from conceptkit.core.edit.report import ConceptTrace, Report, WordShift
 from conceptkit.core.edit.solve import Problem, minimise
 from conceptkit.core.edit.texts import Texts
@@ -371,7 +371,7 @@ def test_another_sentence_is_no_other_edit(monkeypatch):
     """What is shown to people is written when it is shown: no hash and no file depends on its wording."""
     edit = random_edit()
     before, shown = edit.content_hash(), edit.summary()
-    monkeypatch.setattr("conceptkit.core.edit.edit.LIMITS", ("Another sentence.",))
+    monkeypatch.setattr("conceptkit.core.edit.context_edit.LIMITS", ("Another sentence.",))
     assert replace(edit, report=Report.from_json(edit.report.to_json())).content_hash() == edit.content_hash() == before
     assert edit.summary() != shown and "Another sentence." in edit.summary()
     assert not [value for value in strings(edit._header()) if " " in value]

@@ -462,11 +462,10 @@ def test_speed_leaves_the_empty_text_s_centres(model):
 def test_a_method_without_a_destination_keeps_the_replacement(model):
     """CURE's T takes the concept's directions out; what the replacement says stays more than without it."""
     with_it, without = (PRESETS["cure"].solve(Job(model, (Concept("catastrophe", a),))) for a in ("dog", None))
-    assert with_it.anchors == ("dog",) and without.anchors == ("",)
+    assert with_it.anchors == without.anchors == ("",)  # nothing is read as the replacement
     c = torch.tensor(said(model, "catastrophe"))
     for solution in (with_it, without):
         assert float(solution.context.apply(c).norm()) < 0.9 * float(c.norm())
-    assert PRESETS["cure"].description.count("no destination") == 1
 
 
 @pytest.mark.parametrize(("method", "isotropic"), [("realera", False), ("realera-isotropic", True)])

@@ -9,8 +9,8 @@ import pytest
 from conceptkit.core.bench.erasure import measure_kinds, of_a_kind
 from conceptkit.core.demo.world import shapes_world
 from conceptkit.core.edit import Concept, solve_edit
-from conceptkit.core.edit.default import DEFAULT, _targets, anchors
 from conceptkit.core.edit.job import Job, Parts
+from conceptkit.core.edit.joint import DEFAULT, _targets, anchors
 from conceptkit.core.edit.report import Report
 from conceptkit.core.edit.words import SYNONYM, Words
 from conceptkit.core.hosts.diffusers import load_model

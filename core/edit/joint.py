@@ -4,9 +4,9 @@ Wherever a prompt says a concept (its last sub-token, the words after it, end to
 prompt that says the anchor instead, and every other concept of the call as its own anchor; captions and near words keep their meaning; the
 start token is exact, the empty prompt too where the text is wide enough for it; the pooled text is edited as well.
 
-Every part of it earns its place on the demo model (``conceptkit bench edit``, set "ablation"). Two things the literature suggests did not:
-embeddings that would bring the concept back can be derived and solved for jointly, from T = I, so that nothing drifts, but they moved near
-words a third further, so that is off; a weight of the end token's own changed nothing, so it counts as the words do.
+Every part of it earns its place on the demo model (``conceptkit bench edit``, set "ablation"). Two things the literature suggests did not
+and are left out: embeddings that would bring the concept back, derived and solved for as well, moved near words a quarter further; a weight
+of the end token's own changed nothing, so it counts as the words do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..phrases import Concept
 from .job import Job, Solution
-from .report import Adversary, distortion, trace
+from .report import distortion, trace
 from .solve import LowRank, Problem, annihilate, minimise
 from .texts import TEMPLATES, common_words, fill, mentions, words_of
 from .words import PLAIN, SYNONYM, two
@@ -50,7 +50,7 @@ COLUMNS = 2
 TYPICAL = 0.1
 """A weight of captions, for the pooled text."""
 AHEAD = 8
-"""Words that stay, whose prompts, four or more each, are encoded together."""
+"""Words that stay, whose prompts, two or more each, are encoded together."""
 TOTAL_FRAMES = 1024
 """Prompts over all concepts of one call, beyond which each concept gets fewer."""
 
@@ -61,13 +61,12 @@ class Settings:
 
     said, padding: of a concept's positions, from its last sub-token to the end token, and after. frames: prompts with other words.
     synonyms: whether words that say the same go with a concept. kind: whether a word of its kind is read in its place, or nothing.
-    siblings: words near a concept that stay, each with weight ``near``, those of more weight among them. related: weight of those that
-    say something of its own (its parts, what holds it) or the same as what is read in its place. keep: weight of a word to keep. ridge:
+    siblings: words near a concept that stay, each with weight ``near``, those of more weight among them. keep: weight of a word to keep,
+    and, where ``related``, of those that say something of a concept's own (its parts, what holds it) or the same as its anchor. ridge:
     relative to the captions' mean size. target, budget: the weight of captions is the largest, of ``least`` to ``most``, that leaves
-    ``target`` of a concept, unless captions then change by more than ``budget``. derived, rounds: weight and rounds of derived columns
-    (none by default). null: share of the width that the empty prompt's exact directions may take up: all there are where the text is 608
-    wide, the main ones where it is narrower; empty: weight of the rest. rank (more for many concepts), tolerance: of the edit as it is
-    kept.
+    ``target`` of a concept, unless captions then change by more than ``budget``. null: share of the width that the empty prompt's exact
+    directions may take up: all there are where the text is 608 wide, the main ones where it is narrower; empty: weight of the rest. rank
+    (more for many concepts), tolerance: of the edit as it is kept.
     """
 
     said: float = 1.0
@@ -77,15 +76,13 @@ class Settings:
     kind: bool = True
     siblings: int = 24
     near: float = 0.005
-    related: float = 0.02
+    related: bool = True
     keep: float = 0.2
     ridge: float = 1e-4
     least: float = 0.1
     most: float = 1.0
     target: float = 0.1
     budget: float = 0.02
-    derived: float = 0.5
-    rounds: int = 0
     null: float = 0.125
     empty: float = 500.0
     rank: int = 64
@@ -137,7 +134,7 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
     captions, pooled_captions = _without(job, erased)
     marks = [_marks(job, target) for target in targets]
     stay = _staying(job, targets, settings)
-    edit, cost, chosen = _weighed(job, _stated(job, twins, stay, exact, captions, settings), captions, marks, settings)
+    edit, cost, weight = _weighed(job, _stated(job, twins, stay, exact, captions, settings), captions, marks, settings)
     gram = job.gram.matrix
     edit = edit.truncate(settings.tolerance, max(settings.rank, 4 * len(targets)), gram, captions)
     if job.hard:
@@ -149,8 +146,8 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
                 f"{len(targets)} concepts cannot be erased hard in a text {job.width} wide: erase fewer at once, or turn hard off"
             )
         edit = annihilate(edit, away, replace(cost, invariant=exact))
-    job.on_step(STEPS + settings.rounds, STEPS + settings.rounds, {"left": _left(edit, marks, gram)})
-    chosen |= {**asdict(settings), "hard": job.hard, "parts": job.parts}
+    job.on_step(STEPS, STEPS, {"left": _left(edit, marks, gram)})
+    chosen = {**asdict(settings), "captions": weight, "hard": job.hard, "parts": job.parts}
     read_as, synonyms = tuple(target.anchor for target in targets), tuple(target.synonyms for target in targets)
     return Solution(edit, read_as, synonyms, _pooled(job, twins, pooled_captions, settings), settings=chosen)
 
@@ -172,10 +169,10 @@ def _stated(job: Job, twins: Sequence[_Twin], stay: Tensor, exact: Tensor, capti
 
 def _weighed(
     job: Job, stated: Problem, captions: Tensor, marks: Sequence[tuple[Tensor, Tensor]], settings: Settings
-) -> tuple[LowRank, Problem, dict[str, float | str | bool]]:
-    """The edit at the largest weight of captions that leaves little of the concepts, then against derived columns in rounds; what anything
-    else costs in it, as a problem without columns; and the weight with the number of derived columns."""
-    gram, steps = job.gram.matrix, STEPS + settings.rounds
+) -> tuple[LowRank, Problem, float]:
+    """The edit at the largest weight of captions that leaves little of the concepts; what anything else costs in it, as a problem without
+    columns; and that weight."""
+    gram = job.gram.matrix
 
     def problem(weight: float) -> Problem:
         preserve = captions * weight
@@ -184,7 +181,7 @@ def _weighed(
     def too_heavy(number: int, weight: float) -> bool:
         edit = minimise(problem(weight))
         left = _left(edit, marks, gram)
-        job.on_step(number, steps, {"left": left})
+        job.on_step(number, STEPS, {"left": left})
         return left > settings.target and distortion(edit, captions, gram) < settings.budget
 
     low, high = settings.least, settings.most
@@ -193,21 +190,9 @@ def _weighed(
         low, high = (low, weight) if too_heavy(number, weight) else (weight, high)
     weighed = problem(low)
     edit = minimise(weighed)
-    derived = 0
-    for number in range(settings.rounds):
-        adversary = Adversary(edit, gram, captions)
-        further = weighed
-        for c, a in marks:
-            columns = torch.stack([adversary.derive(x) for x in c.T], 1)
-            further = further.with_columns(columns, a, torch.full((columns.shape[1],), settings.derived, dtype=torch.float64))
-        attempt = minimise(further)
-        job.on_step(STEPS + number, steps, {"left": _left(attempt, marks, gram)})
-        if distortion(attempt, captions, gram) > settings.budget:
-            break
-        derived, weighed, edit = derived + len(marks), further, attempt
     none = torch.zeros(job.width, 0, dtype=torch.float64)
     cost = replace(weighed, columns=none, anchors=none, weights=none[0], second=None, moved=None)
-    return edit, cost, {"captions": low, "derived_columns": derived}
+    return edit, cost, low
 
 
 def _left(edit: LowRank, marks: Sequence[tuple[Tensor, Tensor]], gram: Tensor) -> float:
@@ -349,9 +334,9 @@ def _staying(job: Job, targets: Sequence[_Target], settings: Settings) -> Tensor
     erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
     others = [word for word in common_words(job.model) if not mentions(word, erased)]
     light = dict.fromkeys((word for target in targets for word in target.siblings), settings.near)
-    heavy = dict.fromkeys((word for target in targets for word in target.related if word not in erased), settings.related)
+    heavy = dict.fromkeys((word for target in targets for word in target.related if word not in erased), settings.keep)
     heavy |= dict.fromkeys(job.keep, settings.keep)
-    prompts = {word: [fill(template, word) for template in TEMPLATES[:4]] for word in light | heavy}
+    prompts = {word: [fill(template, word) for template in TEMPLATES[:2]] for word in light | heavy}
     for word in heavy if len(others) >= 3 else ():
         rng = random.Random(f"{job.seed} {word}")
         prompts[word] += [_twin(word, {}, frame, *rng.sample(others, 3)).ours for frame in STAYING]
