@@ -417,7 +417,7 @@ class EditReport(io.ComfyNode):
             display_name="Edit Report",
             category=_CATEGORY,
             description="What an edit does to a model, without drawing a picture: how far each concept is gone in every layer, "
-            "which other words it moves, and whether a prompt could bring it back.",
+            "which other words it moves, and whether an embedding could bring it back.",
             search_aliases=["audit", "trace", "certificate", "what changed"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from before the edit."),
