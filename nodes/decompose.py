@@ -311,7 +311,7 @@ def _decomposed(
     asked: arguments of ``decompose_concept``. size: side of the images in pixels; 0 is the size the model was trained on.
     """
     from ..core.phrases import parse_list
-    from .comfy_model import check_graph, check_text, send_text, trained_side
+    from .comfy import check_graph, check_text, send_text, trained_side
 
     listed = parse_list(concepts)
     if not listed:
@@ -347,7 +347,7 @@ def _answer(
 ) -> tuple[Decomposition, str]:
     """One concept's decomposition, and what to say where it was found again or could not be kept. place: its number, of how many."""
     from ..core.progress import part_of
-    from .comfy_model import Progress
+    from .comfy import Progress
     from .store import checkpoint, forget_unfinished, found_again, keep
 
     question = _question(asked, *wired) if reuse else None
@@ -374,7 +374,7 @@ def check_template(template: str | None, *, empty: bool = False) -> bool | str:
 
 def conditioning(found: Decomposition, clip: CLIP, template: str | None = None) -> list[list[Any]]:
     """A decomposition's words in ``template`` (its own by default) as a CONDITIONING."""
-    from .comfy_model import check_fits, graph_conditioning, graph_text
+    from .comfy import check_fits, graph_conditioning, graph_text
 
     check_fits(found.embeddings, clip)
     with graph_text(clip) as text:
@@ -410,7 +410,7 @@ def headline(found: Decomposition) -> str:
 def _question(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | None, scorer: ImageScorer | None) -> str | None:
     """A hash of all that the answer depends on; None when the model cannot be told from another."""
     from ..core.artifact import content_hash
-    from .comfy_model import graph_identity, scorer_identity
+    from .comfy import graph_identity, scorer_identity
 
     identity = graph_identity(model, clip, *([] if vae is None else [vae]))
     if identity is None:
@@ -431,7 +431,7 @@ def _computed(
     otherwise, on another device or machine: nobody who queues a graph can choose another file."""
     from ..core.artifact import ArtifactError, discard
     from ..core.decompose import decompose_concept
-    from .comfy_model import graph_model
+    from .comfy import graph_model
 
     resumed = checkpoint is not None and os.path.isfile(checkpoint)
     with graph_model(*wired, show) as host:

@@ -55,7 +55,7 @@ class DecompositionToConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, decomposition: Decomposition, clip: CLIP, template: str) -> io.NodeOutput:
-        from .comfy_model import check_text
+        from .comfy import check_text
 
         check_text(template)
         return io.NodeOutput(conditioning(decomposition, clip, template or None))
@@ -106,7 +106,7 @@ class AdjustWords(io.ComfyNode):
     @classmethod
     def execute(cls, decomposition: Decomposition, clip: CLIP, adjustments: str) -> io.NodeOutput:
         from ..core.decompose.adjust import adjust
-        from .comfy_model import check_fits, graph_text
+        from .comfy import check_fits, graph_text
 
         check_fits(decomposition.embeddings, clip)
         with graph_text(clip) as text:
@@ -194,7 +194,7 @@ class LoadDecomposition(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         from ..core.decompose import Decomposition
-        from .comfy_model import send_text
+        from .comfy import send_text
 
         path = locate(DECOMPOSITIONS, file)
         found = Decomposition.load(path)
@@ -320,7 +320,7 @@ class WordPictures(io.ComfyNode):
         import torch
 
         from ..core.decompose.pictures import picture_sheet, word_pictures
-        from .comfy_model import Progress, check_fits, graph_model, send_text, trained_side
+        from .comfy import Progress, check_fits, graph_model, send_text, trained_side
 
         check_fits(decomposition.embeddings, clip)
         node = cls.hidden.unique_id

@@ -166,7 +166,7 @@ class EraseConcept(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..core.edit import solve_edit
         from ..core.phrases import parse_concepts, parse_list
-        from .comfy_model import Progress, check_text, graph_reading, patch_model, send_text
+        from .comfy import Progress, check_text, graph_reading, patch_model, send_text
 
         asked, kept = parse_concepts(concepts), parse_list(keep)
         for text in [*(concept.text for concept in asked), *(concept.replacement or "" for concept in asked), *kept]:
@@ -210,7 +210,7 @@ class ApplyEdit(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, edit: ContextEdit, strength: float) -> io.NodeOutput:
-        from .comfy_model import patch_model
+        from .comfy import patch_model
 
         return io.NodeOutput(patch_model(model, edit.scale(strength)))
 
@@ -394,7 +394,7 @@ class SaveEditAsLora(io.ComfyNode):
 
         from ..core.artifact import content_hash
         from ..core.edit import lora_tensors, save_lora
-        from .comfy_model import GraphCrossAttention
+        from .comfy import GraphCrossAttention
 
         dtype = {"fp16": torch.float16, "fp32": torch.float32}[precision]
         attention = GraphCrossAttention(model)
@@ -437,7 +437,7 @@ class EditReport(io.ComfyNode):
         from dataclasses import replace
 
         from ..core.edit import report_edit
-        from .comfy_model import graph_reading
+        from .comfy import graph_reading
 
         with graph_reading(model, clip) as host:
             report = report_edit(host, edit, cache=folder(CACHE))

@@ -132,7 +132,7 @@ def code_hash(family: str) -> str:
     nodes = Path(__file__).resolve().parent
     core = nodes.parent / "core"
     digest = hashlib.sha256()
-    for path in sorted([*core.glob("*.py"), *core.glob(f"{family}/*.py"), *core.glob("data/*.txt"), nodes / "comfy_model.py"]):
+    for path in sorted([*core.glob("*.py"), *core.glob(f"{family}/*.py"), *core.glob("data/*.txt"), *nodes.glob("comfy/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -51,6 +51,6 @@ class LoadImageScorer(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, clip: CLIP) -> io.NodeOutput:
-        from .comfy_model import graph_scorer
+        from .comfy import graph_scorer
 
         return io.NodeOutput(graph_scorer(folder_paths.get_full_path_or_raise("checkpoints", checkpoint), clip))

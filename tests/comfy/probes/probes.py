@@ -82,7 +82,7 @@ def previews(pack, wired):
     )
     latent_preview.set_preview_method("latent2rgb")
     try:
-        module, sampling = pack("nodes.comfy_model"), pack("core.sampling")
+        module, sampling = pack("nodes.comfy"), pack("core.sampling")
         progress = module.Progress("7", wired["model"], "circle")
         progress.EVERY = 0
         with module.graph_model(wired["model"], wired["clip"], on_denoised=progress.show) as model, torch.no_grad():
@@ -98,7 +98,7 @@ def messages(pack, wired, steps, seconds, label):
     """What a node writes under itself while steps are reported evenly, then the last one ten times more; and a long text."""
     from server import PromptServer
 
-    module, sent, clock = pack("nodes.comfy_model"), [], [0.0]
+    module, sent, clock = pack("nodes.comfy.progress"), [], [0.0]
     server, real = PromptServer.instance, module.time
     server.send_progress_text = lambda text, node_id: sent.append(text)
     module.time = types.SimpleNamespace(monotonic=lambda: clock[0])
@@ -118,7 +118,7 @@ def messages(pack, wired, steps, seconds, label):
 def identity(pack, wired):
     """What tells the wired model from every other, and how long that took."""
     start = time.perf_counter()
-    found = pack("nodes.comfy_model").graph_identity(wired["model"], wired["clip"], *([wired["vae"]] if "vae" in wired else []))
+    found = pack("nodes.comfy").graph_identity(wired["model"], wired["clip"], *([wired["vae"]] if "vae" in wired else []))
     return {"identity": found, "seconds": time.perf_counter() - start}
 
 
@@ -138,7 +138,7 @@ def other_clip(pack, wired):
 def picture(pack, wired, prompt, negative, seed, steps, guidance, sampler, path):
     """Sample through the pack's host; latents and picture go to a file, with how far a stock latent and conditioning on the wires are."""
     sampling = pack("core.sampling")
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"], wired["vae"]) as model, torch.no_grad():
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"], wired["vae"]) as model, torch.no_grad():
         noise = sampling.initial_noise([seed], model.denoiser.latent_channels, 16, 16)
         sigmas = sampling.schedule(model.denoiser, steps)
         positive, empty = model.text.encode([prompt]), model.text.encode([negative])
@@ -160,7 +160,7 @@ def score(pack, wired, texts, pictures, path):
     scorer = wired["scorer"]
     given = load_file(pictures)["pictures"]
     found = {"outside": scorer.embed_texts(texts), "read": pack("core.score").zero_shot(scorer, given, texts)}
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"], scorer=scorer) as model:
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"], scorer=scorer) as model:
         moving = given.clone().requires_grad_()
         vectors, words = model.scorer.embed_pictures(moving), model.scorer.embed_texts(texts)
         (vectors @ words.T).square().sum().backward()
@@ -195,7 +195,7 @@ def low_memory(on):
 
 def gradients(pack, wired, word, path, lowvram=False):
     """The gradient of a loss to a token embedding and to the conditioning; with ``lowvram``, on weights fetched at every call."""
-    with low_memory(lowvram), pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+    with low_memory(lowvram), pack("nodes.comfy").graph_model(wired["model"], wired["clip"]) as model:
         rows = model.text.tables["l"][model.text.tokenize(word)].repeat(2, 1, 1).requires_grad_()
         conditioning = model.text.encode([["a photo of a ", {"l": rows}]])
         conditioning.context.retain_grad()
@@ -212,7 +212,7 @@ def gradients(pack, wired, word, path, lowvram=False):
 
 def slope(pack, wired):
     """A loss of what the model predicts, and how it grows along one direction of the conditioning: by autograd and by a difference."""
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"]) as model:
         Conditioning = pack("core.model").Conditioning
         generator = torch.Generator().manual_seed(0)
         context = model.text.encode(["a photo of a bird"]).context.detach()
@@ -244,7 +244,7 @@ def overwritten(pack, wired):
     for block in range(12):
         model.set_model_attn2_replace(attention, "input", block)
         model.set_model_attn2_replace(attention, "output", block)
-    with pack("nodes.comfy_model").graph_model(model, wired["clip"]) as host:
+    with pack("nodes.comfy").graph_model(model, wired["clip"]) as host:
         context = host.text.encode(["a bird"]).context.detach().requires_grad_()
         host.denoise(torch.ones(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context)).sum().backward()
     raise AssertionError("accepted")
@@ -252,7 +252,7 @@ def overwritten(pack, wired):
 
 def failure(pack, wired, kind):
     """Fail inside the block; the graph must survive it."""
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"], wired["vae"]) as model:
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"], wired["vae"]) as model:
         rows = model.text.tables["l"][:1].clone().requires_grad_()
         conditioning = model.text.encode([["a ", {"l": rows}]])
         x = torch.zeros(1, 4, 16, 16)
@@ -277,7 +277,7 @@ def narrow_clip(pack):
 
 def refused_scorer(pack, wired, path):
     """Join a scorer with another model's CLIP."""
-    pack("nodes.comfy_model").graph_scorer(path, narrow_clip(pack))
+    pack("nodes.comfy").graph_scorer(path, narrow_clip(pack))
     raise AssertionError("accepted")
 
 
@@ -292,7 +292,7 @@ def refused(pack, wired, what):
         model = model.clone()
         config = model.model.model_config
         model.model = types.SimpleNamespace(diffusion_model=model.model.diffusion_model, model_config=config, adm_channels=2560)
-    with pack("nodes.comfy_model").graph_model(model, clip, wired.get("vae")):
+    with pack("nodes.comfy").graph_model(model, clip, wired.get("vae")):
         raise AssertionError("accepted")
 
 
@@ -303,7 +303,7 @@ def dynamic(pack, wired):
     for patcher in (model, clip.patcher):
         patcher.is_dynamic = lambda: True
     before = len(comfy.model_management.current_loaded_models)
-    with pack("nodes.comfy_model").graph_model(model, clip) as seen:
+    with pack("nodes.comfy").graph_model(model, clip) as seen:
         own = seen.denoiser._patcher.model is not model.model and seen.text._clip.cond_stage_model is not clip.cond_stage_model
         context = seen.text.encode(["a red circle"]).context.requires_grad_()
         seen.denoise(torch.zeros(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context)).sum().backward()
@@ -316,7 +316,7 @@ def large(pack, wired, cells):
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")
     start = time.perf_counter()
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"]) as model:
         loaded = time.perf_counter()
         slot = {name: table[320:321].clone().requires_grad_() for name, table in model.text.tables.items()}
         conditioning = model.text.encode([["a photo of a ", slot]])
@@ -389,7 +389,7 @@ def edited(pack, wired, file, lora):
     import comfy.utils
     import folder_paths
 
-    host, edit = pack("nodes.comfy_model"), pack("core.edit").ContextEdit.load(folder_paths.get_full_path("conceptkit_edits", file))
+    host, edit = pack("nodes.comfy"), pack("core.edit").ContextEdit.load(folder_paths.get_full_path("conceptkit_edits", file))
     model = wired["model"]
     original = {key: weight.clone() for key, weight in model.model.state_dict().items() if "attn2.to_k" in key or "attn2.to_v" in key}
     transform = torch.eye(edit.width) + edit.context.u @ edit.context.v.T
@@ -433,14 +433,14 @@ def interrupted_edit(pack, wired):
     """Interrupt while an edit is solved."""
     from server import PromptServer
 
-    progress = pack("nodes.comfy_model").Progress(None)
+    progress = pack("nodes.comfy").Progress(None)
 
     def on_step(step, total, metrics):
         comfy.model_management.interrupt_current_processing()
         progress(step, total, metrics)
 
     assert PromptServer.instance is not None
-    with pack("nodes.comfy_model").graph_reading(wired["model"], wired["clip"]) as host:
+    with pack("nodes.comfy").graph_reading(wired["model"], wired["clip"]) as host:
         pack("core.edit").solve_edit(host, ["circle -> square"], on_step=on_step)
     raise AssertionError("not interrupted")
 
