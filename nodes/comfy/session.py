@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import comfy.clip_model
 import comfy.model_management as management
@@ -63,7 +64,7 @@ def graph_model(
             name=type(model.model.model_config).__name__,
             text=GraphTextEncoder(text, resident),
             denoiser=GraphDenoiser(patcher, resident, on_denoised),
-            autoencoder=None if vae is None else GraphAutoencoder(vae, patcher),
+            autoencoder=None if vae is None else GraphAutoencoder(vae, patcher, partial(lasting, stack), (patcher, text.patcher)),
             scorer=scorer,
             before_call=management.throw_exception_if_processing_interrupted,
             words=getattr(text.cond_stage_model, "trained_words", None),

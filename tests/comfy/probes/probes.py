@@ -210,6 +210,27 @@ def gradients(pack, wired, word, path, lowvram=False):
         return {"difference": difference, "ids": model.text.tokenize("A Photo of a café!"), "recomputed": again}
 
 
+def through_pixels(pack, wired, given, path):
+    """The gradient of a loss on pictures, and on the latents they are encoded to, to the latents they were decoded from."""
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"], wired["vae"]) as model:
+        tensors = load_file(given)
+        with torch.no_grad():
+            stock = model.autoencoder.decode(tensors["latents"])
+            stock_again = model.autoencoder.encode(stock)
+        leaf = tensors["latents"].clone().requires_grad_()
+        pictures = model.autoencoder.decode(leaf)
+        pictures.retain_grad()
+        again = model.autoencoder.encode(pictures)
+        ((pictures * tensors["on pictures"]).sum() + (again * tensors["on latents"]).sum()).backward()
+        # Through the network too, after whatever was loaded for the VAE.
+        x = tensors["latents"].clone().requires_grad_()
+        pictures_of_x0 = model.autoencoder.decode(model.denoise(x, 1.0, model.text.encode(["a circle"]).detach()))
+        pictures_of_x0.square().mean().backward()
+        found = {"latents": leaf.grad, "pictures": pictures.grad, "x": x.grad}
+    save_file({name: tensor.detach().clone() for name, tensor in found.items()}, path)
+    return {"decode": float((pictures - stock).abs().max()), "encode": float((again - stock_again).abs().max())}
+
+
 def slope(pack, wired):
     """A loss of what the model predicts, and how it grows along one direction of the conditioning: by autograd and by a difference."""
     with pack("nodes.comfy").graph_model(wired["model"], wired["clip"]) as model:
