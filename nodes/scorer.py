@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import folder_paths
-from comfy_api.latest import io
 
+from .api import io
 from .files import stamp
+from .sockets import ScorerSocket
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -38,7 +39,7 @@ class LoadImageScorer(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="CLIP of the same checkpoint: its text encoder encodes the texts."),
             ],
             outputs=[
-                io.Custom("CONCEPTKIT_SCORER").Output(
+                ScorerSocket.Output(
                     "scorer", tooltip="Embeds images and texts in one space: the smaller the angle between two, the better they match."
                 )
             ],
@@ -54,3 +55,6 @@ class LoadImageScorer(io.ComfyNode):
         from .comfy import graph_scorer
 
         return io.NodeOutput(graph_scorer(folder_paths.get_full_path_or_raise("checkpoints", checkpoint), clip))
+
+
+NODES = [LoadImageScorer]

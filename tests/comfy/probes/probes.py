@@ -131,7 +131,7 @@ def decomposed(pack, wired):
 
 def other_clip(pack, wired):
     """Read a decomposition with another model's CLIP."""
-    pack("nodes.decompose").conditioning(wired["decomposition"], narrow_clip(pack))
+    pack("nodes.words").conditioning(wired["decomposition"], narrow_clip(pack))
     raise AssertionError("accepted")
 
 
