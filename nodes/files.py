@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
@@ -30,6 +31,7 @@ _ENDING = ".safetensors"
 _HASH = 10  # digits of a content hash in a file's name: 2^40 of them
 _LONGEST = 255  # bytes in the name of a file or folder, on all common file systems
 _SUBJECT = 80  # bytes of a name that is made of what a file holds
+_LARGEST_HEADER = 100_000_000  # bytes; the format allows no more
 _DATE = re.compile(r"dd?|MM?|hh?|mm?|ss?|yyy?y?")
 # What names a device on Windows, with any ending: a workflow gives the same file everywhere.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.IGNORECASE)
@@ -124,6 +126,24 @@ def stamp(key: str, name: str) -> str:
         return ""
     stat = Path(path).stat()
     return f"{path} {stat.st_mtime_ns} {stat.st_size}"
+
+
+def holds(key: str, name: str, prefix: str) -> bool:
+    """Whether a safetensors file has a tensor whose name begins with ``prefix``. Only its header is read, once until the file changes."""
+    path = folder_paths.get_full_path(key, name)
+    return path is not None and _named(path, prefix, stamp(key, name))
+
+
+@cache
+def _named(path: str, prefix: str, _: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size) if size <= _LARGEST_HEADER else b""
+        # Most files are told by a look at the bytes: that of a large checkpoint takes longer to parse than to read.
+        return f'"{prefix}'.encode() in header and any(tensor.startswith(prefix) for tensor in json.loads(header))
+    except (OSError, ValueError):
+        return False
 
 
 @cache
