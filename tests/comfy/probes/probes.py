@@ -1,14 +1,19 @@
 """What tests ask of a running ComfyUI. Each function gets ``pack`` (imports a module of the pack), what is wired, and arguments."""
 
 import contextlib
+import gc
 import hashlib
 import json
+import random
 import time
 import types
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import folder_paths
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -59,7 +64,6 @@ def registered(pack, wired):
     import importlib.util
 
     import comfy.supported_models
-    import folder_paths
 
     module = pack("nodes.demo_model")
     module.register_demo_model()
@@ -122,11 +126,118 @@ def identity(pack, wired):
     return {"identity": found, "seconds": time.perf_counter() - start}
 
 
+def node(pack, module, name):
+    """A node of the pack, to be executed in a probe."""
+    return type(name, (getattr(pack(f"nodes.{module}"), name),), {"hidden": types.SimpleNamespace(unique_id=None)})
+
+
 def decomposed(pack, wired):
     """What Decompose Concept makes of the wires, with its defaults."""
     given = {"concept": "bird", "template": "a photo of a {}", "words": 3, "seed": 0, "size": 0}
-    node = type("Node", (pack("nodes.decompose").DecomposeConcept,), {"hidden": types.SimpleNamespace(unique_id=None)})
-    node.execute(wired["model"], wired.get("clip"), **given)
+    node(pack, "decompose", "DecomposeConcept").execute(wired["model"], wired.get("clip"), **given)
+
+
+def verb(pack, wired, kind, path, given):
+    """Save what ``decompose_concept`` or ``solve_edit`` finds for the wired model."""
+    host = pack("nodes.comfy")
+    if kind == "decompose":
+        with host.graph_model(wired["model"], wired["clip"], wired.get("vae"), wired.get("scorer")) as model:
+            found = pack("core.decompose").decompose_concept(model, **given)
+    else:
+        concepts = [pack("core.edit").Concept(text, attributes=tuple(map(tuple, shares))) for text, shares in given.pop("concepts")]
+        with host.graph_reading(wired["model"], wired["clip"]) as model:
+            found = pack("core.edit").solve_edit(model, concepts, **given)
+    found.to("cpu").save(path, overwrite=True)
+
+
+def executed(pack, wired, what):
+    """Execute a node on the wires by name, at little cost, and return a hash of its result."""
+    model, clip, vae = wired["model"], wired["clip"], wired["vae"]
+    asked = {"concept": "bird", "template": "a photo of a {}", "words": 2, "seed": 5, "size": 64, "budget": "fast"}
+    kind, _, method = what.partition(" ")
+    if kind == "decompose":
+        (found,), *_ = node(pack, "decompose", "DecomposeConcept").execute(model, clip, method=method, reuse=False, **asked).args
+        return found.content_hash()
+    if kind == "erase":
+        given = {"concepts": "circle -> square", "keep": "ring", "strength": 1.0, "hard": False, "seed": 5}
+        return node(pack, "edit", "EraseConcept").execute(model, clip, method=method, **given).args[1].content_hash()
+    words = wired["decomposition"]
+    if kind == "adjust":
+        return node(pack, "decomposition", "AdjustWords").execute(words, clip, adjustments="+flame: 20%").args[0].content_hash()
+    given = {"pictures": 1, "seed": 5, "steps": 2, "cfg": 3.0, "size": 64}
+    pictures = node(pack, "decomposition", "WordPictures").execute(model, clip, vae, words, **given).args[1]
+    return hashlib.sha256(pictures.numpy().tobytes()).hexdigest()
+
+
+def random_state(pack, wired, what):
+    """What a node makes of two global random states, and whether it leaves them as they are."""
+    before, found = (random.getstate(), np.random.get_state(), torch.get_rng_state()), []  # noqa: NPY002
+
+    def states():
+        return repr((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))  # noqa: NPY002
+
+    try:
+        for seed in (1, 2):
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            torch.manual_seed(seed)
+            given = states()
+            found.append([executed(pack, wired, what), states() == given])
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+    return found
+
+
+def cancelled(pack, wired, what, at):
+    """Interrupt a node in one of its model calls: how many it made after that, and what it left behind."""
+    encoder, denoiser = pack("nodes.comfy.text").GraphTextEncoder, pack("nodes.comfy.denoiser").GraphDenoiser
+    kind, name = (encoder, "encode") if what in ("text", "erase") else (denoiser, "denoise")
+    real, calls = getattr(kind, name), 0
+
+    def counted(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            comfy.model_management.interrupt_current_processing()
+        return real(self, *args)
+
+    def files():
+        keys = ("conceptkit_cache", "conceptkit_decompositions", "conceptkit_edits")
+        folders = [Path(folder_paths.get_folder_paths(key)[0]) for key in keys]
+        return {str(path) for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+    def graphs():
+        gc.collect()
+        return sum(type(held) is torch.Tensor and held.requires_grad for held in gc.get_objects())
+
+    asked = {"concept": "bird", "template": "a picture of a {}", "words": 2, "seed": 6, "size": 64, "budget": "fast"}
+    before, held = files(), graphs()
+    setattr(kind, name, counted)
+    try:
+        if what == "erase":
+            given = {"concepts": "circle", "keep": "", "method": "conceptkit", "strength": 1.0, "hard": False, "seed": 0}
+            node(pack, "edit", "EraseConcept").execute(wired["model"], wired["clip"], **given)
+        elif what == "conceptor":
+            node(pack, "decompose", "DecomposeWithConceptor").execute(wired["model"], wired["clip"], select="r2", **asked)
+        else:
+            node(pack, "decompose", "DecomposeConcept").execute(wired["model"], wired["clip"], method=what, **asked)
+    except comfy.model_management.InterruptProcessingException:
+        pass
+    else:
+        raise AssertionError("not interrupted")
+    finally:
+        setattr(kind, name, real)
+    wires = [wired["model"], wired["clip"].patcher, wired["vae"].patcher]
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
+    return {
+        "later": calls - at,
+        "foreign": sum(not any(model is wire for wire in wires) for model in loaded),
+        "files": sorted(files() - before),
+        "graphs": graphs() - held,
+        "interrupting": comfy.model_management.processing_interrupted(),
+    }
 
 
 def other_clip(pack, wired):
@@ -408,7 +519,6 @@ def write_random(sd, path):
 def edited(pack, wired, file, lora):
     """How far the weights of edited models are from W T as worked out here, relative to W, in the compositions that must be exact."""
     import comfy.utils
-    import folder_paths
 
     host, edit = pack("nodes.comfy"), pack("core.edit").ContextEdit.load(folder_paths.get_full_path("conceptkit_edits", file))
     model = wired["model"]
@@ -468,8 +578,6 @@ def interrupted_edit(pack, wired):
 
 def named(pack, wired, names, folder):
     """What a save node makes of names in ``folder``: the path it wrote and whether that is listed, or the sentence it refuses them with."""
-    import folder_paths
-
     files = pack("nodes.files")
     folder_paths.add_model_folder_path("conceptkit_probe", folder)
     folder_paths.folder_names_and_paths["conceptkit_probe"][1].add(".safetensors")
