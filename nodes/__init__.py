@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io
-
-from .decompose import DecomposeConcept, DecomposeWithConceptor
-from .decomposition import (
-    AdjustWords,
-    DecompositionToConditioning,
-    LoadDecomposition,
-    SaveDecomposition,
-    SaveEmbedding,
-    WordPictures,
-)
+from . import decompose, decomposition, edit, scorer
+from .api import ComfyExtension, io
 from .demo_model import register_demo_model
-from .edit import (
-    ApplyEdit,
-    ApplyEditToConditioning,
-    CombineEdits,
-    EditReport,
-    EraseConcept,
-    LoadEdit,
-    SaveEdit,
-    SaveEditAsLora,
-)
 from .files import register_folders
-from .scorer import LoadImageScorer
+
+FAMILIES = (decompose, decomposition, scorer, edit)
+"""The modules of nodes, in the order in which ComfyUI lists what is in their ``NODES``."""
 
 
 class ConceptKitExtension(ComfyExtension):
@@ -36,22 +19,4 @@ class ConceptKitExtension(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            DecomposeConcept,
-            DecomposeWithConceptor,
-            DecompositionToConditioning,
-            AdjustWords,
-            SaveDecomposition,
-            LoadDecomposition,
-            SaveEmbedding,
-            WordPictures,
-            LoadImageScorer,
-            EraseConcept,
-            ApplyEdit,
-            ApplyEditToConditioning,
-            CombineEdits,
-            SaveEdit,
-            LoadEdit,
-            SaveEditAsLora,
-            EditReport,
-        ]
+        return [node for family in FAMILIES for node in family.NODES]

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comfy_api.latest import io
-
+from .api import io
 from .files import code_hash
+from .inputs import check_template, seed_input, size_input
+from .sockets import DecompositionSocket, ScorerSocket
+from .store import checkpoint, forget_unfinished
+from .words import CHART, FOUND, STORE, TEXT, chart, conditioning, headline
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -22,11 +25,6 @@ if TYPE_CHECKING:
     from ..core.progress import OnStep
 
 logger = logging.getLogger(__name__)
-
-Socket = io.Custom("CONCEPTKIT_DECOMPOSITION")
-FOUND = "The words with their importance and shares, and how much they explain, for ConceptKit's other nodes."
-CHART = "A bar for each word's importance, what is lost without it, beside its share of the mixture."
-TEXT = "The same in words, with how far the result can be trusted."
 
 _MODEL = "Model to analyse. It is not modified. SD 1.x, SD 2.x and SDXL, with any LoRAs or merges."
 _SELECT = "What picks the best of the training's checkpoints: the scorer, as published, or r2, how much the words explain."
@@ -56,23 +54,8 @@ def _question_inputs() -> list[io.Input]:
             max=50,
             tooltip="Maximum number of words. More words take longer to find; fewer are returned where fewer explain as much.",
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**63 - 1,
-            control_after_generate=io.ControlAfterGenerate.fixed,
-            tooltip="Seed of the images the model is analysed on. The same seed gives the same words.",
-        ),
-        io.Int.Input(
-            "size",
-            default=0,
-            min=0,
-            max=2048,
-            step=64,
-            advanced=True,
-            tooltip="Side of the square images the model is analysed on, in pixels. 0 takes the size the model was trained on.",
-        ),
+        seed_input("Seed of the images the model is analysed on. The same seed gives the same words."),
+        size_input(" the model is analysed on,"),
         # Optional, so that API workflows from before they were added still run.
         io.Combo.Input(
             "budget",
@@ -117,7 +100,7 @@ def _reuse_input() -> io.Input:
 
 def _outputs() -> list[io.Output]:
     return [
-        Socket.Output("decomposition", is_output_list=True, tooltip=FOUND + _EACH),
+        DecompositionSocket.Output("decomposition", is_output_list=True, tooltip=FOUND + _EACH),
         io.Conditioning.Output(
             "conditioning",
             is_output_list=True,
@@ -128,7 +111,76 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-class DecomposeConcept(io.ComfyNode):
+class DecomposeNode(io.ComfyNode):
+    """What the nodes of all methods do."""
+
+    @classmethod
+    def validate_inputs(cls, template: str = "{}") -> bool | str:
+        """True, or what to change. ComfyUI reports it once for every input that is named here, so only one is."""
+        return check_template(template)
+
+    @classmethod
+    def decomposed(
+        cls,
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE | None = None,
+        scorer: ImageScorer | None = None,
+        *,
+        concept: str,
+        template: str,
+        words: int,
+        seed: int,
+        size: int,
+        method: str,
+        budget: str = "default",
+        exclude: str = "",
+        exclude_unsafe: bool = True,
+        select: str = "scorer",
+        reuse: bool = True,
+    ) -> io.NodeOutput:
+        """A decomposition of every concept that is listed, found again or computed, and what the node shows and returns of them."""
+        from ..core.phrases import parse_list
+        from .comfy import check_graph, check_text, send_text, trained_side
+
+        listed = parse_list(concept)
+        if not listed:
+            raise ValueError("the concept is empty: write a word or a phrase")
+        check_graph(model, clip, vae)
+        for text in (*listed, template):
+            check_text(text)
+        side = size or trained_side(model)
+        asked = {
+            "template": template,
+            "words": words,
+            "seed": seed,
+            "height": side,
+            "width": side,
+            "budget": budget,
+            "method": method,
+            "exclude": sorted(word.lower() for word in parse_list(exclude)),
+            "exclude_unsafe": exclude_unsafe,
+            "select": select,
+        }
+        node, found, notes = cls.hidden.unique_id, [], []
+        for number, one in enumerate(listed):
+            answer, note = _answer(node, (model, clip, vae, scorer), asked | {"concept": one}, (number, len(listed)), reuse)
+            found.append(answer)
+            notes.append(note)
+        if len(found) == 1:
+            send_text(node, headline(found[0]) + notes[0])
+        else:
+            send_text(
+                node,
+                f"{len(found)} concepts: {', '.join(listed[:8])}{' …' if len(listed) > 8 else ''}"
+                + next((note for note in notes if note.startswith(_NOT_KEPT)), ""),
+            )
+        return io.NodeOutput(
+            found, [conditioning(one, clip) for one in found], [chart(one) for one in found], [one.summary() for one in found]
+        )
+
+
+class DecomposeConcept(DecomposeNode):
     """The node around ``core.decompose.decompose_concept``."""
 
     @classmethod
@@ -177,7 +229,7 @@ class DecomposeConcept(io.ComfyNode):
                 ),
                 _reuse_input(),
                 io.Vae.Input("vae", optional=True, tooltip="Only the method conceptor reads it: the VAE of the same checkpoint."),
-                io.Custom("CONCEPTKIT_SCORER").Input(
+                ScorerSocket.Input(
                     "scorer", optional=True, tooltip="Only the method conceptor reads it: a scorer, from Load Image Scorer."
                 ),
             ],
@@ -186,28 +238,15 @@ class DecomposeConcept(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, template: str = "{}") -> bool | str:
-        """True, or what to change. ComfyUI reports it once for every input that is named here, so only one is."""
-        return check_template(template)
-
-    @classmethod
     def execute(
         cls,
         model: ModelPatcher,
         clip: CLIP,
-        concept: str,
-        template: str,
-        words: int,
-        seed: int,
-        size: int,
-        budget: str = "default",
         method: str = "distilled",
-        exclude: str = "",
-        exclude_unsafe: bool = True,
         select: str = "scorer",
-        reuse: bool = True,
         vae: VAE | None = None,
         scorer: ImageScorer | None = None,
+        **asked: Any,
     ) -> io.NodeOutput:
         if method != "conceptor":
             vae = scorer = None
@@ -216,20 +255,10 @@ class DecomposeConcept(io.ComfyNode):
                 "the method conceptor chooses its result by an image scorer: connect a VAE and a scorer, or use Decompose with Conceptor, "
                 "which needs neither when select is r2"
             )
-        asked: dict[str, Any] = {
-            "template": template,
-            "words": words,
-            "seed": seed,
-            "budget": budget,
-            "method": method,
-            "exclude": exclude,
-            "exclude_unsafe": exclude_unsafe,
-            "select": select,
-        }
-        return _decomposed(cls.hidden.unique_id, (model, clip, vae, scorer), concept, asked, size, reuse)
+        return cls.decomposed(model, clip, vae, scorer, method=method, select=select, **asked)
 
 
-class DecomposeWithConceptor(io.ComfyNode):
+class DecomposeWithConceptor(DecomposeNode):
     """The node around ``core.decompose.decompose_concept`` by the published training method."""
 
     @classmethod
@@ -254,88 +283,15 @@ class DecomposeWithConceptor(io.ComfyNode):
                 ),
                 _reuse_input(),
                 io.Vae.Input("vae", optional=True, tooltip="The VAE of the same checkpoint. Not needed with select = r2."),
-                io.Custom("CONCEPTKIT_SCORER").Input(
-                    "scorer", optional=True, tooltip="A scorer, from Load Image Scorer. Not needed with select = r2."
-                ),
+                ScorerSocket.Input("scorer", optional=True, tooltip="A scorer, from Load Image Scorer. Not needed with select = r2."),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, template: str = "{}") -> bool | str:
-        """True, or what to change."""
-        return check_template(template)
-
-    @classmethod
-    def execute(
-        cls,
-        model: ModelPatcher,
-        clip: CLIP,
-        concept: str,
-        template: str,
-        words: int,
-        seed: int,
-        size: int,
-        budget: str = "default",
-        exclude: str = "",
-        exclude_unsafe: bool = True,
-        select: str = "scorer",
-        reuse: bool = True,
-        vae: VAE | None = None,
-        scorer: ImageScorer | None = None,
-    ) -> io.NodeOutput:
-        asked: dict[str, Any] = {
-            "template": template,
-            "words": words,
-            "seed": seed,
-            "budget": budget,
-            "method": "conceptor",
-            "exclude": exclude,
-            "exclude_unsafe": exclude_unsafe,
-            "select": select,
-        }
-        return _decomposed(cls.hidden.unique_id, (model, clip, vae, scorer), concept, asked, size, reuse)
-
-
-def _decomposed(
-    node: str | None,
-    wired: tuple[ModelPatcher, CLIP, VAE | None, ImageScorer | None],
-    concepts: str,
-    asked: dict[str, Any],
-    size: int,
-    reuse: bool,
-) -> io.NodeOutput:
-    """A decomposition of every concept that is listed, found again or computed, and what the node shows and returns of them.
-
-    asked: arguments of ``decompose_concept``. size: side of the images in pixels; 0 is the size the model was trained on.
-    """
-    from ..core.phrases import parse_list
-    from .comfy_model import check_graph, check_text, send_text, trained_side
-
-    listed = parse_list(concepts)
-    if not listed:
-        raise ValueError("the concept is empty: write a word or a phrase")
-    model, clip, vae, _ = wired
-    check_graph(model, clip, vae)
-    for text in (*listed, asked["template"]):
-        check_text(text)
-    side = size or trained_side(model)
-    asked |= {"height": side, "width": side, "exclude": sorted(word.lower() for word in parse_list(asked["exclude"]))}
-    found, notes = [], []
-    for number, concept in enumerate(listed):
-        one, note = _answer(node, wired, asked | {"concept": concept}, (number, len(listed)), reuse)
-        found.append(one)
-        notes.append(note)
-    if len(found) == 1:
-        send_text(node, headline(found[0]) + notes[0])
-    else:
-        send_text(
-            node,
-            f"{len(found)} concepts: {', '.join(listed[:8])}{' …' if len(listed) > 8 else ''}"
-            + next((note for note in notes if note.startswith(_NOT_KEPT)), ""),
-        )
-    return io.NodeOutput(found, [conditioning(one, clip) for one in found], [chart(one) for one in found], [one.summary() for one in found])
+    def execute(cls, model: ModelPatcher, clip: CLIP, **asked: Any) -> io.NodeOutput:
+        return cls.decomposed(model, clip, method="conceptor", **asked)
 
 
 def _answer(
@@ -347,11 +303,10 @@ def _answer(
 ) -> tuple[Decomposition, str]:
     """One concept's decomposition, and what to say where it was found again or could not be kept. place: its number, of how many."""
     from ..core.progress import part_of
-    from .comfy_model import Progress
-    from .store import checkpoint, forget_unfinished, found_again, keep
+    from .comfy import Progress
 
     question = _question(asked, *wired) if reuse else None
-    kept = None if question is None else found_again(question)
+    kept = None if question is None else STORE.found_again(question)
     if kept is not None:
         found, file = kept
         return found, f"  (found in {file})"
@@ -361,56 +316,14 @@ def _answer(
     unfinished = None if question is None else checkpoint(question, asked["concept"])
     found = _computed(asked, wired, unfinished, part_of(progress, number, count), progress.show)
     forget_unfinished()
-    wrong = "" if question is None else keep(question, found)
+    wrong = "" if question is None else STORE.keep(question, found)
     return found, f"{_NOT_KEPT}{wrong}" if wrong else ""
-
-
-def check_template(template: str | None, *, empty: bool = False) -> bool | str:
-    """True, or what to change; None, which is not known yet, passes, and so does an empty one where it stands for another."""
-    if template is not None and not (empty and not template) and template.count("{}") != 1:
-        return f"the template {template!r} must contain {{}} once, where the concept goes, as in 'a photo of a {{}}'"
-    return True
-
-
-def conditioning(found: Decomposition, clip: CLIP, template: str | None = None) -> list[list[Any]]:
-    """A decomposition's words in ``template`` (its own by default) as a CONDITIONING."""
-    from .comfy_model import check_fits, graph_conditioning, graph_text
-
-    check_fits(found.embeddings, clip)
-    with graph_text(clip) as text:
-        return graph_conditioning(found.apply(text, template))
-
-
-def chart(found: Decomposition) -> Tensor:
-    """A decomposition's chart as an IMAGE."""
-    from ..core.chart import share_bars
-
-    prompt = found.template.replace("{}", found.concept)
-    measured = (
-        "how much the words explain is not known"
-        if found.fidelity is None
-        else f"the words explain {found.r2:.0%} of what the concept changes"
-    )
-    bars = (found.words, found.shares, found.importance, found.fillers)
-    return image(share_bars(*bars, title=found.concept, subtitle=f"“{prompt}”: {measured}"))
-
-
-def image(picture: Any) -> Tensor:
-    """A drawn picture, (height, width, 3) of bytes, as an IMAGE."""
-    import torch
-
-    return torch.from_numpy(picture).float().div(255)[None]
-
-
-def headline(found: Decomposition) -> str:
-    """The first line of a decomposition's summary."""
-    return found.summary().splitlines()[0]
 
 
 def _question(asked: dict[str, Any], model: ModelPatcher, clip: CLIP, vae: VAE | None, scorer: ImageScorer | None) -> str | None:
     """A hash of all that the answer depends on; None when the model cannot be told from another."""
     from ..core.artifact import content_hash
-    from .comfy_model import graph_identity, scorer_identity
+    from .comfy import graph_identity, scorer_identity
 
     identity = graph_identity(model, clip, *([] if vae is None else [vae]))
     if identity is None:
@@ -431,7 +344,7 @@ def _computed(
     otherwise, on another device or machine: nobody who queues a graph can choose another file."""
     from ..core.artifact import ArtifactError, discard
     from ..core.decompose import decompose_concept
-    from .comfy_model import graph_model
+    from .comfy import graph_model
 
     resumed = checkpoint is not None and os.path.isfile(checkpoint)
     with graph_model(*wired, show) as host:
@@ -443,3 +356,6 @@ def _computed(
             logger.warning("%s; it is computed afresh", error)
             found = decompose_concept(host, **asked, checkpoint=checkpoint if discard(checkpoint) else None, on_step=on_step)
     return found.to("cpu")
+
+
+NODES = [DecomposeConcept, DecomposeWithConceptor]

@@ -7,10 +7,13 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comfy_api.latest import io, ui
-
-from .decompose import CHART, FOUND, TEXT, Socket, chart, check_template, conditioning, headline, image
-from .files import DECOMPOSITIONS, EMBEDDINGS, NAME, check, check_name, listed, locate, names, slug, stamp, target, writing
+from .api import io, ui
+from .files import DECOMPOSITIONS, EMBEDDINGS, check_name, listed, names, slug, target, writing
+from .images import as_image
+from .inputs import check_template, name_input, seed_input, size_input
+from .sockets import DecompositionSocket
+from .store import LoadNode, SaveNode
+from .words import CHART, FOUND, STORE, TEXT, chart, conditioning, headline
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -36,7 +39,7 @@ class DecompositionToConditioning(io.ComfyNode):
             description="Encodes any prompt with the weighted words in it, as conditioning for a sampler.",
             search_aliases=["weighted prompt", "encode words", "words to conditioning"],
             inputs=[
-                Socket.Input("decomposition", tooltip=_GIVEN),
+                DecompositionSocket.Input("decomposition", tooltip=_GIVEN),
                 io.Clip.Input("clip", tooltip=_CLIP),
                 io.String.Input(
                     "template",
@@ -55,7 +58,7 @@ class DecompositionToConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, decomposition: Decomposition, clip: CLIP, template: str) -> io.NodeOutput:
-        from .comfy_model import check_text
+        from .comfy import check_text
 
         check_text(template)
         return io.NodeOutput(conditioning(decomposition, clip, template or None))
@@ -73,7 +76,7 @@ class AdjustWords(io.ComfyNode):
             description="More of one word, less of another: changes what a decomposition is made of, and so what it draws.",
             search_aliases=["reweight", "token weight", "word weight", "concept slider", "edit words"],
             inputs=[
-                Socket.Input("decomposition", tooltip=_GIVEN),
+                DecompositionSocket.Input("decomposition", tooltip=_GIVEN),
                 io.Clip.Input("clip", tooltip=_CLIP),
                 io.String.Input(
                     "adjustments",
@@ -85,7 +88,7 @@ class AdjustWords(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Socket.Output("decomposition", tooltip="The adjusted words."),
+                DecompositionSocket.Output("decomposition", tooltip="The adjusted words."),
                 io.Conditioning.Output("conditioning", tooltip="The template with the adjusted words in place of the concept."),
                 io.Image.Output("chart", tooltip=CHART),
                 io.String.Output("text", tooltip=TEXT),
@@ -106,7 +109,7 @@ class AdjustWords(io.ComfyNode):
     @classmethod
     def execute(cls, decomposition: Decomposition, clip: CLIP, adjustments: str) -> io.NodeOutput:
         from ..core.decompose.adjust import adjust
-        from .comfy_model import check_fits, graph_text
+        from .comfy import check_fits, graph_text
 
         check_fits(decomposition.embeddings, clip)
         with graph_text(clip) as text:
@@ -114,8 +117,10 @@ class AdjustWords(io.ComfyNode):
         return io.NodeOutput(adjusted, conditioning(adjusted, clip), chart(adjusted), adjusted.summary())
 
 
-class SaveDecomposition(io.ComfyNode):
+class SaveDecomposition(SaveNode):
     """The node around ``Decomposition.save``."""
+
+    store = STORE
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -126,36 +131,18 @@ class SaveDecomposition(io.ComfyNode):
             description="Keeps a decomposition as a file in models/conceptkit/decompositions, for Load Decomposition.",
             search_aliases=["store words", "export decomposition"],
             inputs=[
-                Socket.Input("decomposition", tooltip=_GIVEN),
-                io.String.Input(
-                    "name",
-                    default="",
-                    placeholder="named after the concept",
-                    tooltip=f"{NAME} Empty takes the concept and its first words.",
-                ),
+                DecompositionSocket.Input("decomposition", tooltip=_GIVEN),
+                name_input("named after the concept", "the concept and its first words"),
             ],
             outputs=[io.String.Output("file", tooltip="The file's name, as Load Decomposition lists it.")],
             is_output_node=True,
         )
 
-    @classmethod
-    def validate_inputs(cls, name: str = "") -> bool | str:
-        """True, or what to write instead."""
-        return check_name(DECOMPOSITIONS, name)
 
-    @classmethod
-    def execute(cls, decomposition: Decomposition, name: str) -> io.NodeOutput:
-        from .store import decomposition_file
-
-        path = decomposition_file(decomposition, name)
-        with writing(path):
-            decomposition.save(path)
-        file = listed(DECOMPOSITIONS, path)
-        return io.NodeOutput(file, ui=ui.PreviewText(file))
-
-
-class LoadDecomposition(io.ComfyNode):
+class LoadDecomposition(LoadNode):
     """The node around ``Decomposition.load``."""
+
+    store = STORE
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -174,7 +161,7 @@ class LoadDecomposition(io.ComfyNode):
                 )
             ],
             outputs=[
-                Socket.Output("decomposition", tooltip=FOUND),
+                DecompositionSocket.Output("decomposition", tooltip=FOUND),
                 io.Image.Output("chart", tooltip=CHART),
                 io.String.Output("text", tooltip=f"{TEXT[:-1]}, and what it was made with."),
             ],
@@ -182,25 +169,12 @@ class LoadDecomposition(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str = "") -> bool | str:
-        """True, or which file is missing and where it belongs."""
-        return check(DECOMPOSITIONS, file)
+    def outputs(cls, result: Decomposition, path: Path) -> io.NodeOutput:
+        from .comfy import send_text
 
-    @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        """Changes when another file lies under the same name."""
-        return stamp(DECOMPOSITIONS, file)
-
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        from ..core.decompose import Decomposition
-        from .comfy_model import send_text
-
-        path = locate(DECOMPOSITIONS, file)
-        found = Decomposition.load(path)
-        made = origin(found)
-        send_text(cls.hidden.unique_id, f"{headline(found)}\n{made}\nfile of {date.fromtimestamp(path.stat().st_mtime)}")
-        return io.NodeOutput(found, chart(found), f"{found.summary()}\n{made}")
+        made = origin(result)
+        send_text(cls.hidden.unique_id, f"{headline(result)}\n{made}\nfile of {date.fromtimestamp(path.stat().st_mtime)}")
+        return io.NodeOutput(result, chart(result), f"{result.summary()}\n{made}")
 
 
 class SaveEmbedding(io.ComfyNode):
@@ -215,7 +189,7 @@ class SaveEmbedding(io.ComfyNode):
             description="Saves the weighted words as one new word: a stock textual-inversion embedding that works without ConceptKit.",
             search_aliases=["textual inversion", "embedding:", "pseudo-token", "export embedding"],
             inputs=[
-                Socket.Input("decomposition", tooltip=_GIVEN),
+                DecompositionSocket.Input("decomposition", tooltip=_GIVEN),
                 io.String.Input(
                     "name",
                     default="",
@@ -273,27 +247,12 @@ class WordPictures(io.ComfyNode):
                 io.Model.Input("model", tooltip="Model to sample from. It is not modified."),
                 io.Clip.Input("clip", tooltip=_CLIP),
                 io.Vae.Input("vae", tooltip="VAE of the same checkpoint."),
-                Socket.Input("decomposition", tooltip=_GIVEN),
+                DecompositionSocket.Input("decomposition", tooltip=_GIVEN),
                 io.Int.Input("pictures", default=2, min=1, max=16, tooltip="How many images of each, one per row."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 17,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the first row; each row adds one. A row is what a KSampler generates with that seed.",
-                ),
+                seed_input("Seed of the first row; each row adds one. A row is what a KSampler generates with that seed.", most=2**63 - 17),
                 io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps (DPM++ 2M)."),
                 io.Float.Input("cfg", default=7.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance scale; the demo model wants 3."),
-                io.Int.Input(
-                    "size",
-                    default=0,
-                    min=0,
-                    max=2048,
-                    step=64,
-                    advanced=True,
-                    tooltip="Side of the square images in pixels. 0 takes the size the model was trained on.",
-                ),
+                size_input(),
             ],
             outputs=[
                 io.Image.Output("sheet", tooltip="All images on one sheet, with the words above and the seeds beside them."),
@@ -320,7 +279,7 @@ class WordPictures(io.ComfyNode):
         import torch
 
         from ..core.decompose.pictures import picture_sheet, word_pictures
-        from .comfy_model import Progress, check_fits, graph_model, send_text, trained_side
+        from .comfy import Progress, check_fits, graph_model, send_text, trained_side
 
         check_fits(decomposition.embeddings, clip)
         node = cls.hidden.unique_id
@@ -329,7 +288,7 @@ class WordPictures(io.ComfyNode):
         with graph_model(model, clip, vae, on_denoised=progress.show) as host:
             drawn = word_pictures(host, decomposition, seeds=seeds, height=side, width=side, steps=steps, guidance=cfg, on_step=progress)
         send_text(node, headline(decomposition))
-        return io.NodeOutput(image(picture_sheet(decomposition, drawn, seeds)), torch.cat(drawn).movedim(1, -1))
+        return io.NodeOutput(as_image(picture_sheet(decomposition, drawn, seeds)), torch.cat(drawn).movedim(1, -1))
 
 
 def origin(found: Decomposition) -> str:
@@ -337,3 +296,13 @@ def origin(found: Decomposition) -> str:
     made = f"made with “{found.template}” on {found.model or 'an unnamed model'} by {found.method}"
     size = " at {1}×{0}".format(*found.size) if all(found.size) else ""
     return f"{made}{f' ({found.budget})' if found.budget else ''}{size}, seed {found.seed}"
+
+
+NODES = [
+    DecompositionToConditioning,
+    AdjustWords,
+    SaveDecomposition,
+    LoadDecomposition,
+    SaveEmbedding,
+    WordPictures,
+]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from comfy_api.latest import io, ui
-
-from .decompose import image
-from .files import CACHE, EDITS, LORAS, NAME, check, check_name, folder, listed, locate, names, slug, stamp, target, writing
+from .api import io
+from .files import CACHE, EDITS, LORAS, check_name, folder, names, slug, target
+from .images import as_image
+from .inputs import name_input, seed_input
+from .sockets import EditSocket
+from .store import LoadNode, SaveNode, Store, saved
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP
     from torch import Tensor
 
     from ..core.edit import ContextEdit, Report
 
-Socket = io.Custom("CONCEPTKIT_EDIT")
 METHODS = [
     "conceptkit",
     "uce-2025",
@@ -47,6 +50,15 @@ _STRENGTH = (
 )
 _REPORT = "What the edit reaches and what it costs: each concept's trace by layer, kept words, and the neighbours that moved most."
 _TEXT = "The same in words, with what such an edit cannot reach."
+
+
+def _load(path: Path) -> ContextEdit:
+    from ..core.edit import ContextEdit
+
+    return ContextEdit.load(path)
+
+
+STORE = Store(EDITS, _load, lambda edit: tuple(concept.text for concept in edit.concepts))
 
 
 class EraseConcept(io.ComfyNode):
@@ -108,15 +120,7 @@ class EraseConcept(io.ComfyNode):
                     default=False,
                     tooltip="Project the concept out completely. Similar words suffer more; adversarial embeddings may still recover it.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    advanced=True,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the methods that sample at random. The same seed gives the same edit.",
-                ),
+                seed_input("Seed of the methods that sample at random. The same seed gives the same edit.", advanced=True),
                 io.Combo.Input(
                     "parts",
                     options=["keep", "erase"],
@@ -129,7 +133,7 @@ class EraseConcept(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model without the concepts. LoRAs can be added before and after."),
-                Socket.Output("edit", tooltip=_SOLVED),
+                EditSocket.Output("edit", tooltip=_SOLVED),
                 io.Image.Output("report", tooltip=_REPORT),
                 io.String.Output("text", tooltip=_TEXT),
             ],
@@ -166,7 +170,7 @@ class EraseConcept(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..core.edit import solve_edit
         from ..core.phrases import parse_concepts, parse_list
-        from .comfy_model import Progress, check_text, graph_reading, patch_model, send_text
+        from .comfy import Progress, check_text, graph_reading, patch_model, send_text
 
         asked, kept = parse_concepts(concepts), parse_list(keep)
         for text in [*(concept.text for concept in asked), *(concept.replacement or "" for concept in asked), *kept]:
@@ -202,7 +206,7 @@ class ApplyEdit(io.ComfyNode):
             search_aliases=["patch model"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch, with any LoRAs already on it. It is only read."),
-                Socket.Input("edit", tooltip=_GIVEN),
+                EditSocket.Input("edit", tooltip=_GIVEN),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.01, tooltip=_STRENGTH),
             ],
             outputs=[io.Model.Output("model", tooltip="A copy of the model with the edit as a patch.")],
@@ -210,7 +214,7 @@ class ApplyEdit(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, edit: ContextEdit, strength: float) -> io.NodeOutput:
-        from .comfy_model import patch_model
+        from .comfy import patch_model
 
         return io.NodeOutput(patch_model(model, edit.scale(strength)))
 
@@ -231,7 +235,7 @@ class ApplyEditToConditioning(io.ComfyNode):
                 io.Conditioning.Input(
                     "conditioning", tooltip="The prompt, encoded. Use one node for the positive and one for the negative."
                 ),
-                Socket.Input("edit", tooltip=_GIVEN),
+                EditSocket.Input("edit", tooltip=_GIVEN),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.01, tooltip=_STRENGTH),
             ],
             outputs=[io.Conditioning.Output("conditioning", tooltip="The prompt as the edited model would read it.")],
@@ -264,14 +268,14 @@ class CombineEdits(io.ComfyNode):
             "Prefer erasing several concepts in one Erase Concept node.",
             search_aliases=["merge edits", "compose edits", "chain edits"],
             inputs=[
-                Socket.Input("first", tooltip="The edit the model is patched with first."),
-                Socket.Input("second", tooltip="The edit the patched model is patched with next."),
+                EditSocket.Input("first", tooltip="The edit the model is patched with first."),
+                EditSocket.Input("second", tooltip="The edit the patched model is patched with next."),
                 io.Float.Input("first_strength", default=1.0, min=-2.0, max=2.0, step=0.01, tooltip="How much of the first edit to take."),
                 io.Float.Input(
                     "second_strength", default=1.0, min=-2.0, max=2.0, step=0.01, tooltip="How much of the second edit to take."
                 ),
             ],
-            outputs=[Socket.Output("edit", tooltip=_SOLVED)],
+            outputs=[EditSocket.Output("edit", tooltip=_SOLVED)],
         )
 
     @classmethod
@@ -279,8 +283,10 @@ class CombineEdits(io.ComfyNode):
         return io.NodeOutput(first.scale(first_strength).compose(second.scale(second_strength)))
 
 
-class SaveEdit(io.ComfyNode):
+class SaveEdit(SaveNode):
     """The node around ``ContextEdit.save``."""
+
+    store = STORE
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -291,34 +297,18 @@ class SaveEdit(io.ComfyNode):
             description="Keeps an edit as a small file in models/conceptkit/edits, for Load Edit.",
             search_aliases=["store edit", "export edit"],
             inputs=[
-                Socket.Input("edit", tooltip=_GIVEN),
-                io.String.Input(
-                    "name",
-                    default="",
-                    placeholder="named after the concepts",
-                    tooltip=f"{NAME} Empty takes the concepts.",
-                ),
+                EditSocket.Input("edit", tooltip=_GIVEN),
+                name_input("named after the concepts", "the concepts"),
             ],
             outputs=[io.String.Output("file", tooltip="The file's name, as Load Edit lists it.")],
             is_output_node=True,
         )
 
-    @classmethod
-    def validate_inputs(cls, name: str = "") -> bool | str:
-        """True, or what to write instead."""
-        return check_name(EDITS, name)
 
-    @classmethod
-    def execute(cls, edit: ContextEdit, name: str) -> io.NodeOutput:
-        path = target(EDITS, name, concepts_of(edit), edit.content_hash())
-        with writing(path):
-            edit.save(path)
-        file = listed(EDITS, path)
-        return io.NodeOutput(file, ui=ui.PreviewText(file))
-
-
-class LoadEdit(io.ComfyNode):
+class LoadEdit(LoadNode):
     """The node around ``ContextEdit.load``."""
+
+    store = STORE
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -331,25 +321,12 @@ class LoadEdit(io.ComfyNode):
             inputs=[
                 io.Combo.Input("file", options=names(EDITS), tooltip="A file in models/conceptkit/edits, as Save Edit writes them."),
             ],
-            outputs=[Socket.Output("edit", tooltip=_SOLVED), io.String.Output("text", tooltip=_TEXT)],
+            outputs=[EditSocket.Output("edit", tooltip=_SOLVED), io.String.Output("text", tooltip=_TEXT)],
         )
 
     @classmethod
-    def validate_inputs(cls, file: str = "") -> bool | str:
-        """True, or which file is missing and where it belongs."""
-        return check(EDITS, file)
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        """Changes when another file lies under the same name."""
-        return stamp(EDITS, file)
-
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        from ..core.edit import ContextEdit
-
-        edit = ContextEdit.load(locate(EDITS, file))
-        return io.NodeOutput(edit, edit.summary())
+    def outputs(cls, result: ContextEdit, path: Path) -> io.NodeOutput:
+        return io.NodeOutput(result, result.summary())
 
 
 class SaveEditAsLora(io.ComfyNode):
@@ -365,13 +342,8 @@ class SaveEditAsLora(io.ComfyNode):
             search_aliases=["export lora", "extract lora"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the LoRA is for, with the patches it will have when the LoRA is loaded."),
-                Socket.Input("edit", tooltip=_GIVEN),
-                io.String.Input(
-                    "name",
-                    default="",
-                    placeholder="named after the concepts",
-                    tooltip=f"{NAME} Empty takes the concepts.",
-                ),
+                EditSocket.Input("edit", tooltip=_GIVEN),
+                name_input("named after the concepts", "the concepts"),
                 io.Combo.Input(
                     "precision",
                     options=["fp16", "fp32"],
@@ -394,17 +366,14 @@ class SaveEditAsLora(io.ComfyNode):
 
         from ..core.artifact import content_hash
         from ..core.edit import lora_tensors, save_lora
-        from .comfy_model import GraphCrossAttention
+        from .comfy import GraphCrossAttention
 
         dtype = {"fp16": torch.float16, "fp32": torch.float32}[precision]
         attention = GraphCrossAttention(model)
         # By the LoRA's own content: one edit is another LoRA for another model, and in another precision.
         content = content_hash(lora_tensors(edit, attention, dtype), {})
-        path = target(LORAS, name, concepts_of(edit), content)
-        with writing(path):
-            save_lora(edit, attention, path, dtype=dtype, overwrite=True)
-        file = listed(LORAS, path)
-        return io.NodeOutput(file, ui=ui.PreviewText(file))
+        path = target(LORAS, name, slug(*STORE.subject(edit)), content)
+        return saved(LORAS, path, lambda path: save_lora(edit, attention, path, dtype=dtype, overwrite=True))
 
 
 class EditReport(io.ComfyNode):
@@ -422,7 +391,7 @@ class EditReport(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model from before the edit."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
-                Socket.Input("edit", tooltip=_GIVEN),
+                EditSocket.Input("edit", tooltip=_GIVEN),
             ],
             outputs=[
                 io.Image.Output("report", tooltip=_REPORT),
@@ -437,7 +406,7 @@ class EditReport(io.ComfyNode):
         from dataclasses import replace
 
         from ..core.edit import report_edit
-        from .comfy_model import graph_reading
+        from .comfy import graph_reading
 
         with graph_reading(model, clip) as host:
             report = report_edit(host, edit, cache=folder(CACHE))
@@ -445,13 +414,20 @@ class EditReport(io.ComfyNode):
         return io.NodeOutput(chart(edit, report), text, json.dumps(report.to_json(), indent=1))
 
 
-def concepts_of(edit: ContextEdit) -> str:
-    """What an edit's files are named after."""
-    return slug(*(concept.text for concept in edit.concepts))
-
-
 def chart(edit: ContextEdit, report: Report | None) -> Tensor:
     """A report as an IMAGE."""
     from ..core.edit.picture import report_picture
 
-    return image(report_picture(edit, report))
+    return as_image(report_picture(edit, report))
+
+
+NODES = [
+    EraseConcept,
+    ApplyEdit,
+    ApplyEditToConditioning,
+    CombineEdits,
+    SaveEdit,
+    LoadEdit,
+    SaveEditAsLora,
+    EditReport,
+]

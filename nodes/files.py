@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
@@ -30,6 +31,7 @@ _ENDING = ".safetensors"
 _HASH = 10  # digits of a content hash in a file's name: 2^40 of them
 _LONGEST = 255  # bytes in the name of a file or folder, on all common file systems
 _SUBJECT = 80  # bytes of a name that is made of what a file holds
+_LARGEST_HEADER = 100_000_000  # bytes; the format allows no more
 _DATE = re.compile(r"dd?|MM?|hh?|mm?|ss?|yyy?y?")
 # What names a device on Windows, with any ending: a workflow gives the same file everywhere.
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.IGNORECASE)
@@ -126,13 +128,31 @@ def stamp(key: str, name: str) -> str:
     return f"{path} {stat.st_mtime_ns} {stat.st_size}"
 
 
+def holds(key: str, name: str, prefix: str) -> bool:
+    """Whether a safetensors file has a tensor whose name begins with ``prefix``. Only its header is read, once until the file changes."""
+    path = folder_paths.get_full_path(key, name)
+    return path is not None and _named(path, prefix, stamp(key, name))
+
+
+@cache
+def _named(path: str, prefix: str, _: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size) if size <= _LARGEST_HEADER else b""
+        # Most files are told by a look at the bytes: that of a large checkpoint takes longer to parse than to read.
+        return f'"{prefix}'.encode() in header and any(tensor.startswith(prefix) for tensor in json.loads(header))
+    except (OSError, ValueError):
+        return False
+
+
 @cache
 def code_hash(family: str) -> str:
     """A hash of the source of a family of methods, and of lists it reads, when first asked for: others may find something else."""
     nodes = Path(__file__).resolve().parent
     core = nodes.parent / "core"
     digest = hashlib.sha256()
-    for path in sorted([*core.glob("*.py"), *core.glob(f"{family}/*.py"), *core.glob("data/*.txt"), nodes / "comfy_model.py"]):
+    for path in sorted([*core.glob("*.py"), *core.glob(f"{family}/*.py"), *core.glob("data/*.txt"), *nodes.glob("comfy/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

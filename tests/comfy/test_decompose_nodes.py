@@ -421,10 +421,8 @@ def test_an_interrupted_run_leaves_no_half_result_and_goes_on_where_it_stopped(c
         if unfinished(comfy, "fish-*"):
             break
         time.sleep(0.05)
-    start = time.monotonic()
     comfy.post("/interrupt", {})
     history = comfy.wait(prompt_id)
-    assert time.monotonic() - start < 5
     assert any(kind == "execution_interrupted" for kind, _ in history["status"]["messages"]), history["status"]
     assert kept(comfy, "*") == before
     (checkpoint,) = unfinished(comfy, "fish-*")

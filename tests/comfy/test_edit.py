@@ -109,7 +109,10 @@ def exported(comfy):
 
 
 def test_the_form_makes_no_difference(comfy, untouched, exported):
-    """Patched model, edited conditioning, an edit from disk, and a stock LoRA through the stock loader draw the same."""
+    """Patched model, edited conditioning, an edit from disk, and a stock LoRA through the stock loader draw the same.
+
+    To what design.md promises, of the largest value of the latent.
+    """
     conditionings = {
         side: node("ConceptKitEditConditioning", conditioning=[side.removeprefix("edited "), 0], edit=["erase", 1], strength=1.0)
         for side in ("edited positive", "edited negative")
@@ -133,9 +136,9 @@ def test_the_form_makes_no_difference(comfy, untouched, exported):
     size = float(patched.abs().max())
     assert float((found["plain"] - patched).abs().max()) > 0.05 * size
     assert torch.equal(found["from disk"], patched)
-    assert float((found["conditioned"] - patched).abs().max()) < 1e-4 * size
-    assert float((found["lora fp32"] - patched).abs().max()) < 1e-4 * size
-    assert float((found["lora fp16"] - patched).abs().max()) < 1e-2 * size
+    assert float((found["conditioned"] - patched).abs().max()) < 1e-5 * size
+    assert float((found["lora fp32"] - patched).abs().max()) < 1e-5 * size
+    assert float((found["lora fp16"] - patched).abs().max()) < 1e-3 * size
 
 
 def test_a_lora_of_another_model_or_precision_is_another_file(comfy, lora, exported):

@@ -255,7 +255,7 @@ def test_a_result_goes_out_where_nothing_can_be_kept(comfy):
         with pytest.raises(AssertionError, match="is a file, so nothing can be saved in a folder of that name"):
             comfy.queue(saves(comfy, "")["decomposition"])
     log = comfy.log.read_text()
-    assert "This decomposition is not kept" in log and "the work goes on without it" in log
+    assert "This result is not kept" in log and "the work goes on without it" in log
     assert kept(comfy) == before
 
 

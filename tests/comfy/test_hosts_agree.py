@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers", reason="the other host needs diffusers in the environment that runs the tests")
 
-from conceptkit.core.hosts.diffusers import load_model
+from conceptkit.core.hosts.diffusers import DiffusersAutoencoder, load_model
 from conceptkit.core.sampling import initial_noise, sample, schedule
 
 TOLERANCE = 1e-3
@@ -55,3 +55,42 @@ def test_same_gradients_vocabulary_and_embeddings(comfy, headless):
     for name, mine in (("rows", rows.grad), ("context", conditioning.context.grad)):
         assert mine.norm() > 0
         assert (mine - theirs[name]).norm() / mine.norm() < TOLERANCE, name
+
+
+def sd_autoencoder(comfy):
+    """SD's autoencoder with random weights, and a VAE loader of it."""
+    from diffusers import AutoencoderKL
+
+    layout = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 1.0}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(**layout, **blocks).requires_grad_(False).eval()
+    (comfy.base / "models" / "vae").mkdir(exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, comfy.base / "models" / "vae" / "random.safetensors"
+    )
+    return DiffusersAutoencoder(vae), {"vae": {"class_type": "VAELoader", "inputs": {"vae_name": "random.safetensors"}}}
+
+
+@pytest.mark.parametrize("kind", ["demo", "sd"])
+def test_same_gradients_through_the_vae(comfy, headless, kind):
+    autoencoder, graph = (headless.autoencoder, None) if kind == "demo" else sd_autoencoder(comfy)
+    given, path, generator = comfy.base / "given.safetensors", comfy.base / "through.safetensors", torch.Generator().manual_seed(0)
+    shapes = {"latents": (1, 4, 8, 8), "on pictures": (1, 3, 64, 64), "on latents": (1, 4, 8, 8)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, given)
+    before = comfy.probe("state")
+    wires = {} if graph is None else {"vae": ["vae", 0]}
+    stock = comfy.probe("through_pixels", wires=wires, graph=graph, given=str(given), path=str(path))
+    theirs = load_file(path)
+    assert stock["decode"] < 1e-5 and stock["encode"] < 1e-4, "with a gradient or without, the values are the same"
+    leaf, x = tensors["latents"].clone().requires_grad_(), tensors["latents"].clone().requires_grad_()
+    pictures = autoencoder.decode(leaf)
+    pictures.retain_grad()
+    ((pictures * tensors["on pictures"]).sum() + (autoencoder.encode(pictures) * tensors["on latents"]).sum()).backward()
+    autoencoder.decode(headless.denoise(x, 1.0, headless.text.encode(["a circle"]).detach())).square().mean().backward()
+    for name, mine in (("latents", leaf.grad), ("pictures", pictures.grad), ("x", x.grad)):
+        assert mine.norm() > 0, name
+        assert (mine - theirs[name]).norm() / mine.norm() < TOLERANCE, name
+    assert comfy.probe("state") == before

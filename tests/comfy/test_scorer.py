@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -55,7 +56,19 @@ def test_the_same_scores_as_headless(comfy):
     assert comfy.probe("state") == before
 
 
-def test_files_without_a_scorer_are_refused(comfy):
+def listed(comfy):
+    return comfy.get("/object_info/ConceptKitLoadScorer")["ConceptKitLoadScorer"]["input"]["required"]["checkpoint"][1]["options"]
+
+
+def refusal(comfy, checkpoint):
+    """What is said about a checkpoint before the graph runs."""
+    with pytest.raises(AssertionError, match="custom_validation_failed") as refused:
+        comfy.queue(asked(comfy, wired(checkpoint))[0])
+    (error,) = json.loads(str(refused.value))["node_errors"]["scorer"]["errors"]
+    return error["details"]
+
+
+def test_files_without_a_scorer_are_not_listed_and_refused(comfy):
     def without_scorer(tensors):
         for key in [key for key in tensors if key.startswith("conceptkit_scorer.")]:
             del tensors[key]
@@ -63,16 +76,28 @@ def test_files_without_a_scorer_are_refused(comfy):
     def without_projection(tensors):
         del tensors["conceptkit_scorer.text_projection.weight"]
 
-    for change in (without_scorer, without_projection):
-        name = altered(comfy, f"{change.__name__}.safetensors", change)
-        message = comfy.fail(asked(comfy, wired(name))[0])
-        assert f"{name} holds no image scorer" in message
-        assert "choose shapes.safetensors" in message
+    bare, half = (altered(comfy, f"{change.__name__}.safetensors", change) for change in (without_scorer, without_projection))
+    (comfy.base / "models" / "checkpoints" / "broken.safetensors").write_bytes(b"\xff" * 64)
+    assert {comfy.checkpoint, half} <= set(listed(comfy))
+    assert not {bare, "broken.safetensors"} & set(listed(comfy))
+    assert f"{bare} holds no image scorer: choose" in refusal(comfy, bare)
+    message = comfy.fail(asked(comfy, wired(half))[0])
+    assert f"{half} holds no image scorer" in message
+    assert "choose shapes.safetensors" in message
+
+
+def test_a_file_that_gets_a_scorer_is_listed(comfy):
+    path = comfy.base / "models" / "checkpoints" / "growing.safetensors"
+    save_file({"other": torch.zeros(1)}, path)
+    assert path.name not in listed(comfy)
+    altered(comfy, path.name, lambda _: None)
+    assert path.name in listed(comfy)
+    path.unlink()
 
 
 def test_a_free_path_is_refused(comfy):
-    with pytest.raises(AssertionError, match="value_not_in_list"):
-        comfy.queue(asked(comfy, wired(str(comfy.weights)))[0])
+    assert "is not among the checkpoints: choose a checkpoint that is listed" in refusal(comfy, str(comfy.weights))
+    assert "no scorer is chosen: choose shapes.safetensors" in refusal(comfy, "")
 
 
 def test_another_clip_is_refused(comfy):

@@ -21,9 +21,14 @@ INSIDES = HOST - {"comfy_api", "folder_paths"}
 ABOVE = {"bench", "cli", "demo", "hosts"}
 """What stands on the methods; no method may know of it."""
 KNOW_THE_DEMO = {Path("core/demo"), Path("core/bench"), Path("core/cli.py"), Path("nodes/demo_model.py")}
+COMFY = Path("nodes/comfy")
 SLOW = {"diffusers", "matplotlib", "scipy", "transformers", "typer"}
 MODULES = sorted(path.relative_to(ROOT) for top in ("core", "nodes") for path in (ROOT / top).rglob("*.py"))
 METHODS = [m for m in MODULES if m.parts[0] == "core" and m.with_suffix("").parts[1] not in ABOVE]
+
+
+FAMILIES = {m for m in MODULES if m.parent == Path("nodes") and "\nNODES = [" in (ROOT / m).read_text(encoding="utf-8")}
+"""The files of nodes, each of which ends with a list of them."""
 
 
 class Runtime(ast.NodeTransformer):
@@ -96,8 +101,34 @@ def test_listing_nodes_loads_nothing_slow(module):
 
 
 def test_only_the_host_s_rooms_know_comfyui_s_insides():
-    knows = {m.name for m in MODULES if m.parts[0] == "nodes" and first(absolute(m, runtime=True)) & INSIDES}
-    assert knows <= {"comfy_model.py", "demo_model.py"}
+    knows = {m for m in MODULES if m.parts[0] == "nodes" and first(absolute(m, runtime=True)) & INSIDES}
+    assert {m for m in knows if m.parent != COMFY} <= {Path("nodes/demo_model.py")}
+
+
+def test_every_family_of_nodes_is_listed():
+    tree = parse(Path("nodes/__init__.py"))
+    (listed,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "FAMILIES")
+    assert {Path(f"nodes/{element.id}.py") for element in listed.elts} == FAMILIES
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[0] == "nodes" and m != Path("nodes/__init__.py")], ids=str)
+def test_families_of_nodes_do_not_know_each_other(module):
+    """What two of them share is a module of its own, which knows neither."""
+    imported = {Path(*target[:depth]).with_suffix(".py") for target in relative(module) for depth in (2, 3)}
+    assert not imported & FAMILIES
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[0] == "nodes"], ids=str)
+def test_nodes_leave_other_modules_privates_alone(module):
+    tree = parse(module)
+    names = [alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    known = {alias.asname or alias.name for alias in names}
+    assert not [alias.name for alias in names if alias.name.startswith("_")]
+    assert not [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known and node.attr.startswith("_")
+    ]
 
 
 def test_the_root_holds_the_entry_alone():

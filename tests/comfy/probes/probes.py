@@ -1,14 +1,19 @@
 """What tests ask of a running ComfyUI. Each function gets ``pack`` (imports a module of the pack), what is wired, and arguments."""
 
 import contextlib
+import gc
 import hashlib
 import json
+import random
 import time
 import types
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+import folder_paths
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -59,7 +64,6 @@ def registered(pack, wired):
     import importlib.util
 
     import comfy.supported_models
-    import folder_paths
 
     module = pack("nodes.demo_model")
     module.register_demo_model()
@@ -82,7 +86,7 @@ def previews(pack, wired):
     )
     latent_preview.set_preview_method("latent2rgb")
     try:
-        module, sampling = pack("nodes.comfy_model"), pack("core.sampling")
+        module, sampling = pack("nodes.comfy"), pack("core.sampling")
         progress = module.Progress("7", wired["model"], "circle")
         progress.EVERY = 0
         with module.graph_model(wired["model"], wired["clip"], on_denoised=progress.show) as model, torch.no_grad():
@@ -98,7 +102,7 @@ def messages(pack, wired, steps, seconds, label):
     """What a node writes under itself while steps are reported evenly, then the last one ten times more; and a long text."""
     from server import PromptServer
 
-    module, sent, clock = pack("nodes.comfy_model"), [], [0.0]
+    module, sent, clock = pack("nodes.comfy.progress"), [], [0.0]
     server, real = PromptServer.instance, module.time
     server.send_progress_text = lambda text, node_id: sent.append(text)
     module.time = types.SimpleNamespace(monotonic=lambda: clock[0])
@@ -118,27 +122,134 @@ def messages(pack, wired, steps, seconds, label):
 def identity(pack, wired):
     """What tells the wired model from every other, and how long that took."""
     start = time.perf_counter()
-    found = pack("nodes.comfy_model").graph_identity(wired["model"], wired["clip"], *([wired["vae"]] if "vae" in wired else []))
+    found = pack("nodes.comfy").graph_identity(wired["model"], wired["clip"], *([wired["vae"]] if "vae" in wired else []))
     return {"identity": found, "seconds": time.perf_counter() - start}
+
+
+def node(pack, module, name):
+    """A node of the pack, to be executed in a probe."""
+    return type(name, (getattr(pack(f"nodes.{module}"), name),), {"hidden": types.SimpleNamespace(unique_id=None)})
 
 
 def decomposed(pack, wired):
     """What Decompose Concept makes of the wires, with its defaults."""
     given = {"concept": "bird", "template": "a photo of a {}", "words": 3, "seed": 0, "size": 0}
-    node = type("Node", (pack("nodes.decompose").DecomposeConcept,), {"hidden": types.SimpleNamespace(unique_id=None)})
-    node.execute(wired["model"], wired.get("clip"), **given)
+    node(pack, "decompose", "DecomposeConcept").execute(wired["model"], wired.get("clip"), **given)
+
+
+def verb(pack, wired, kind, path, given):
+    """Save what ``decompose_concept`` or ``solve_edit`` finds for the wired model."""
+    host = pack("nodes.comfy")
+    if kind == "decompose":
+        with host.graph_model(wired["model"], wired["clip"], wired.get("vae"), wired.get("scorer")) as model:
+            found = pack("core.decompose").decompose_concept(model, **given)
+    else:
+        concepts = [pack("core.edit").Concept(text, attributes=tuple(map(tuple, shares))) for text, shares in given.pop("concepts")]
+        with host.graph_reading(wired["model"], wired["clip"]) as model:
+            found = pack("core.edit").solve_edit(model, concepts, **given)
+    found.to("cpu").save(path, overwrite=True)
+
+
+def executed(pack, wired, what):
+    """Execute a node on the wires by name, at little cost, and return a hash of its result."""
+    model, clip, vae = wired["model"], wired["clip"], wired["vae"]
+    asked = {"concept": "bird", "template": "a photo of a {}", "words": 2, "seed": 5, "size": 64, "budget": "fast"}
+    kind, _, method = what.partition(" ")
+    if kind == "decompose":
+        (found,), *_ = node(pack, "decompose", "DecomposeConcept").execute(model, clip, method=method, reuse=False, **asked).args
+        return found.content_hash()
+    if kind == "erase":
+        given = {"concepts": "circle -> square", "keep": "ring", "strength": 1.0, "hard": False, "seed": 5}
+        return node(pack, "edit", "EraseConcept").execute(model, clip, method=method, **given).args[1].content_hash()
+    words = wired["decomposition"]
+    if kind == "adjust":
+        return node(pack, "decomposition", "AdjustWords").execute(words, clip, adjustments="+flame: 20%").args[0].content_hash()
+    given = {"pictures": 1, "seed": 5, "steps": 2, "cfg": 3.0, "size": 64}
+    pictures = node(pack, "decomposition", "WordPictures").execute(model, clip, vae, words, **given).args[1]
+    return hashlib.sha256(pictures.numpy().tobytes()).hexdigest()
+
+
+def random_state(pack, wired, what):
+    """What a node makes of two global random states, and whether it leaves them as they are."""
+    before, found = (random.getstate(), np.random.get_state(), torch.get_rng_state()), []  # noqa: NPY002
+
+    def states():
+        return repr((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()))  # noqa: NPY002
+
+    try:
+        for seed in (1, 2):
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            torch.manual_seed(seed)
+            given = states()
+            found.append([executed(pack, wired, what), states() == given])
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+    return found
+
+
+def cancelled(pack, wired, what, at):
+    """Interrupt a node in one of its model calls: how many it made after that, and what it left behind."""
+    encoder, denoiser = pack("nodes.comfy.text").GraphTextEncoder, pack("nodes.comfy.denoiser").GraphDenoiser
+    kind, name = (encoder, "encode") if what in ("text", "erase") else (denoiser, "denoise")
+    real, calls = getattr(kind, name), 0
+
+    def counted(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            comfy.model_management.interrupt_current_processing()
+        return real(self, *args)
+
+    def files():
+        keys = ("conceptkit_cache", "conceptkit_decompositions", "conceptkit_edits")
+        folders = [Path(folder_paths.get_folder_paths(key)[0]) for key in keys]
+        return {str(path) for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+    def graphs():
+        gc.collect()
+        return sum(type(held) is torch.Tensor and held.requires_grad for held in gc.get_objects())
+
+    asked = {"concept": "bird", "template": "a picture of a {}", "words": 2, "seed": 6, "size": 64, "budget": "fast"}
+    before, held = files(), graphs()
+    setattr(kind, name, counted)
+    try:
+        if what == "erase":
+            given = {"concepts": "circle", "keep": "", "method": "conceptkit", "strength": 1.0, "hard": False, "seed": 0}
+            node(pack, "edit", "EraseConcept").execute(wired["model"], wired["clip"], **given)
+        elif what == "conceptor":
+            node(pack, "decompose", "DecomposeWithConceptor").execute(wired["model"], wired["clip"], select="r2", **asked)
+        else:
+            node(pack, "decompose", "DecomposeConcept").execute(wired["model"], wired["clip"], method=what, **asked)
+    except comfy.model_management.InterruptProcessingException:
+        pass
+    else:
+        raise AssertionError("not interrupted")
+    finally:
+        setattr(kind, name, real)
+    wires = [wired["model"], wired["clip"].patcher, wired["vae"].patcher]
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None]
+    return {
+        "later": calls - at,
+        "foreign": sum(not any(model is wire for wire in wires) for model in loaded),
+        "files": sorted(files() - before),
+        "graphs": graphs() - held,
+        "interrupting": comfy.model_management.processing_interrupted(),
+    }
 
 
 def other_clip(pack, wired):
     """Read a decomposition with another model's CLIP."""
-    pack("nodes.decompose").conditioning(wired["decomposition"], narrow_clip(pack))
+    pack("nodes.words").conditioning(wired["decomposition"], narrow_clip(pack))
     raise AssertionError("accepted")
 
 
 def picture(pack, wired, prompt, negative, seed, steps, guidance, sampler, path):
     """Sample through the pack's host; latents and picture go to a file, with how far a stock latent and conditioning on the wires are."""
     sampling = pack("core.sampling")
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"], wired["vae"]) as model, torch.no_grad():
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"], wired["vae"]) as model, torch.no_grad():
         noise = sampling.initial_noise([seed], model.denoiser.latent_channels, 16, 16)
         sigmas = sampling.schedule(model.denoiser, steps)
         positive, empty = model.text.encode([prompt]), model.text.encode([negative])
@@ -160,7 +271,7 @@ def score(pack, wired, texts, pictures, path):
     scorer = wired["scorer"]
     given = load_file(pictures)["pictures"]
     found = {"outside": scorer.embed_texts(texts), "read": pack("core.score").zero_shot(scorer, given, texts)}
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"], scorer=scorer) as model:
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"], scorer=scorer) as model:
         moving = given.clone().requires_grad_()
         vectors, words = model.scorer.embed_pictures(moving), model.scorer.embed_texts(texts)
         (vectors @ words.T).square().sum().backward()
@@ -195,7 +306,7 @@ def low_memory(on):
 
 def gradients(pack, wired, word, path, lowvram=False):
     """The gradient of a loss to a token embedding and to the conditioning; with ``lowvram``, on weights fetched at every call."""
-    with low_memory(lowvram), pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+    with low_memory(lowvram), pack("nodes.comfy").graph_model(wired["model"], wired["clip"]) as model:
         rows = model.text.tables["l"][model.text.tokenize(word)].repeat(2, 1, 1).requires_grad_()
         conditioning = model.text.encode([["a photo of a ", {"l": rows}]])
         conditioning.context.retain_grad()
@@ -210,9 +321,30 @@ def gradients(pack, wired, word, path, lowvram=False):
         return {"difference": difference, "ids": model.text.tokenize("A Photo of a café!"), "recomputed": again}
 
 
+def through_pixels(pack, wired, given, path):
+    """The gradient of a loss on pictures, and on the latents they are encoded to, to the latents they were decoded from."""
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"], wired["vae"]) as model:
+        tensors = load_file(given)
+        with torch.no_grad():
+            stock = model.autoencoder.decode(tensors["latents"])
+            stock_again = model.autoencoder.encode(stock)
+        leaf = tensors["latents"].clone().requires_grad_()
+        pictures = model.autoencoder.decode(leaf)
+        pictures.retain_grad()
+        again = model.autoencoder.encode(pictures)
+        ((pictures * tensors["on pictures"]).sum() + (again * tensors["on latents"]).sum()).backward()
+        # Through the network too, after whatever was loaded for the VAE.
+        x = tensors["latents"].clone().requires_grad_()
+        pictures_of_x0 = model.autoencoder.decode(model.denoise(x, 1.0, model.text.encode(["a circle"]).detach()))
+        pictures_of_x0.square().mean().backward()
+        found = {"latents": leaf.grad, "pictures": pictures.grad, "x": x.grad}
+    save_file({name: tensor.detach().clone() for name, tensor in found.items()}, path)
+    return {"decode": float((pictures - stock).abs().max()), "encode": float((again - stock_again).abs().max())}
+
+
 def slope(pack, wired):
     """A loss of what the model predicts, and how it grows along one direction of the conditioning: by autograd and by a difference."""
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"]) as model:
         Conditioning = pack("core.model").Conditioning
         generator = torch.Generator().manual_seed(0)
         context = model.text.encode(["a photo of a bird"]).context.detach()
@@ -244,7 +376,7 @@ def overwritten(pack, wired):
     for block in range(12):
         model.set_model_attn2_replace(attention, "input", block)
         model.set_model_attn2_replace(attention, "output", block)
-    with pack("nodes.comfy_model").graph_model(model, wired["clip"]) as host:
+    with pack("nodes.comfy").graph_model(model, wired["clip"]) as host:
         context = host.text.encode(["a bird"]).context.detach().requires_grad_()
         host.denoise(torch.ones(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context)).sum().backward()
     raise AssertionError("accepted")
@@ -252,7 +384,7 @@ def overwritten(pack, wired):
 
 def failure(pack, wired, kind):
     """Fail inside the block; the graph must survive it."""
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"], wired["vae"]) as model:
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"], wired["vae"]) as model:
         rows = model.text.tables["l"][:1].clone().requires_grad_()
         conditioning = model.text.encode([["a ", {"l": rows}]])
         x = torch.zeros(1, 4, 16, 16)
@@ -277,7 +409,7 @@ def narrow_clip(pack):
 
 def refused_scorer(pack, wired, path):
     """Join a scorer with another model's CLIP."""
-    pack("nodes.comfy_model").graph_scorer(path, narrow_clip(pack))
+    pack("nodes.comfy").graph_scorer(path, narrow_clip(pack))
     raise AssertionError("accepted")
 
 
@@ -292,7 +424,7 @@ def refused(pack, wired, what):
         model = model.clone()
         config = model.model.model_config
         model.model = types.SimpleNamespace(diffusion_model=model.model.diffusion_model, model_config=config, adm_channels=2560)
-    with pack("nodes.comfy_model").graph_model(model, clip, wired.get("vae")):
+    with pack("nodes.comfy").graph_model(model, clip, wired.get("vae")):
         raise AssertionError("accepted")
 
 
@@ -303,7 +435,7 @@ def dynamic(pack, wired):
     for patcher in (model, clip.patcher):
         patcher.is_dynamic = lambda: True
     before = len(comfy.model_management.current_loaded_models)
-    with pack("nodes.comfy_model").graph_model(model, clip) as seen:
+    with pack("nodes.comfy").graph_model(model, clip) as seen:
         own = seen.denoiser._patcher.model is not model.model and seen.text._clip.cond_stage_model is not clip.cond_stage_model
         context = seen.text.encode(["a red circle"]).context.requires_grad_()
         seen.denoise(torch.zeros(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context)).sum().backward()
@@ -316,7 +448,7 @@ def large(pack, wired, cells):
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")
     start = time.perf_counter()
-    with pack("nodes.comfy_model").graph_model(wired["model"], wired["clip"]) as model:
+    with pack("nodes.comfy").graph_model(wired["model"], wired["clip"]) as model:
         loaded = time.perf_counter()
         slot = {name: table[320:321].clone().requires_grad_() for name, table in model.text.tables.items()}
         conditioning = model.text.encode([["a photo of a ", slot]])
@@ -387,9 +519,8 @@ def write_random(sd, path):
 def edited(pack, wired, file, lora):
     """How far the weights of edited models are from W T as worked out here, relative to W, in the compositions that must be exact."""
     import comfy.utils
-    import folder_paths
 
-    host, edit = pack("nodes.comfy_model"), pack("core.edit").ContextEdit.load(folder_paths.get_full_path("conceptkit_edits", file))
+    host, edit = pack("nodes.comfy"), pack("core.edit").ContextEdit.load(folder_paths.get_full_path("conceptkit_edits", file))
     model = wired["model"]
     original = {key: weight.clone() for key, weight in model.model.state_dict().items() if "attn2.to_k" in key or "attn2.to_v" in key}
     transform = torch.eye(edit.width) + edit.context.u @ edit.context.v.T
@@ -433,22 +564,20 @@ def interrupted_edit(pack, wired):
     """Interrupt while an edit is solved."""
     from server import PromptServer
 
-    progress = pack("nodes.comfy_model").Progress(None)
+    progress = pack("nodes.comfy").Progress(None)
 
     def on_step(step, total, metrics):
         comfy.model_management.interrupt_current_processing()
         progress(step, total, metrics)
 
     assert PromptServer.instance is not None
-    with pack("nodes.comfy_model").graph_reading(wired["model"], wired["clip"]) as host:
+    with pack("nodes.comfy").graph_reading(wired["model"], wired["clip"]) as host:
         pack("core.edit").solve_edit(host, ["circle -> square"], on_step=on_step)
     raise AssertionError("not interrupted")
 
 
 def named(pack, wired, names, folder):
     """What a save node makes of names in ``folder``: the path it wrote and whether that is listed, or the sentence it refuses them with."""
-    import folder_paths
-
     files = pack("nodes.files")
     folder_paths.add_model_folder_path("conceptkit_probe", folder)
     folder_paths.folder_names_and_paths["conceptkit_probe"][1].add(".safetensors")
