@@ -20,7 +20,7 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths",
 INSIDES = HOST - {"comfy_api", "folder_paths"}
 ABOVE = {"bench", "cli", "demo", "hosts"}
 """What stands on the methods; no method may know of it."""
-KNOW_THE_DEMO = {Path("core/demo"), Path("core/bench"), Path("core/cli.py"), Path("nodes/demo_model.py")}
+KNOW_THE_DEMO = {Path("core/demo"), Path("core/bench"), Path("core/cli"), Path("nodes/demo_model.py")}
 SLOW = {"diffusers", "matplotlib", "scipy", "transformers", "typer"}
 MODULES = sorted(path.relative_to(ROOT) for top in ("core", "nodes") for path in (ROOT / top).rglob("*.py"))
 METHODS = [m for m in MODULES if m.parts[0] == "core" and m.with_suffix("").parts[1] not in ABOVE]
