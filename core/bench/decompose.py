@@ -176,7 +176,9 @@ class DecomposeSuite:
             steps = {"sampler_steps": self.size.baseline_steps} if method in BASELINES else {}
             given["options"] = {"method": method, **AS[method], "settings": {**steps, **AS[method].get("settings", {})}}
         baseline = method in ("", *BASELINES)
-        return Job(part, measure, given, evals, (str(PROTOCOL), weights_digest(model), *code), baseline=baseline, isolated=isolated)
+        return Job(
+            part, KINDS[measure], measure, given, evals, (str(PROTOCOL), weights_digest(model), *code), baseline=baseline, isolated=isolated
+        )
 
     def _planned_evals(self, method: str) -> int:
         return PLANNED[method] + (640 * self.size.baseline_steps if method in BASELINES else 0)
@@ -357,6 +359,15 @@ def measure_oracle(model: str, world: str, word: str, pictures: int) -> Result:
         "found": [[words[i], round(value, 4)] for i, value in zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)],
         "evals": loaded.meter.evals - before,
     }
+
+
+KINDS: Mapping[Callable[..., Result], str] = {
+    measure_planted: "decompose.measure_planted",
+    measure_natural: "decompose.measure_natural",
+    measure_concept: "decompose.measure_concept",
+    measure_oracle: "decompose.measure_oracle",
+}
+"""What the results of each are stored as."""
 
 
 def fidelity(model: Model, concept: Conditioning, others: Sequence[Conditioning], seed: int) -> list[float]:

@@ -66,6 +66,17 @@ THREADS = 2
 """Of the speed measurements, ours and the published loops' alike."""
 PROTOCOL = 2
 """Raised whenever what a job measures changes, so that older results are not taken for it."""
+KINDS: Mapping[Callable[..., Result], str] = {
+    measure_before: "erasure.measure_before",
+    measure_edit: "erasure.measure_edit",
+    measure_ablation: "erasure.measure_ablation",
+    measure_joint: "erasure.measure_joint",
+    measure_kinds: "erasure.measure_kinds",
+    measure_scenes: "erasure.measure_scenes",
+    measure_speed: "edit_speed.measure_speed",
+    measure_verb: "edit_speed.measure_verb",
+}
+"""What the results of each are stored as."""
 CERTIFICATE = "erase, for the certificate"
 _CODE = ("context_edit.py", "erase.py", "job.py", "joint.py", "layers.py", "presets.py", "report.py", "solve.py", "texts.py", "words.py")
 
@@ -174,7 +185,7 @@ class EditSuite:
         evals = planned(shapes_world(), _concept(asked["concept"]), counts, sets)
         asked |= {"counts": asdict(counts), "sets": list(sets)}
         key = (str(PROTOCOL), weights_digest(self.model), *self._digests)
-        return Job(part, measure, self._on_demo(asked), evals, key, baseline=baseline)
+        return Job(part, KINDS[measure], measure, self._on_demo(asked), evals, key, baseline=baseline)
 
     def _asked(self, method: str | None) -> bool:
         return method is None or (method in self.measured and (method == DEFAULT or self.profile == "full"))
@@ -184,7 +195,15 @@ class EditSuite:
         asked = self._on_demo({"method": method, "concepts": list(call), "counts": asdict(self.size.joint)})
         part = "joint, before" if method is None else f"joint, {method}"
         code = () if method is None else self._digests
-        return Job(part, measure_joint, asked, evals, (str(PROTOCOL), weights_digest(self.model), *code), baseline=method != DEFAULT)
+        return Job(
+            part,
+            KINDS[measure_joint],
+            measure_joint,
+            asked,
+            evals,
+            (str(PROTOCOL), weights_digest(self.model), *code),
+            baseline=method != DEFAULT,
+        )
 
     def _kinds(self, world: str, measure: Callable[..., Result]) -> Job:
         known, model = (shapes_world(), self.model) if world == "shapes" else (second_world(), "demo-second")
@@ -192,7 +211,7 @@ class EditSuite:
         evals = 2 * STEPS * self.size.kinds * len(of_kinds(known))
         before = measure is measure_scenes
         key = (str(PROTOCOL), weights_digest(model), *(() if before else self._digests))
-        return Job("kinds, before" if before else "kinds", measure, asked, evals, key, baseline=before)
+        return Job("kinds, before" if before else "kinds", KINDS[measure], measure, asked, evals, key, baseline=before)
 
     @property
     def _digests(self) -> tuple[str, ...]:
@@ -201,16 +220,24 @@ class EditSuite:
     def _before(self, concept: str) -> Job:
         evals = planned(shapes_world(), _concept(concept), self.size.counts, BEFORE)
         asked = self._on_demo({"concept": concept, "counts": asdict(self.size.counts)})
-        return Job("before the edit", measure_before, asked, evals, (str(PROTOCOL), weights_digest(self.model)), baseline=True)
+        return Job(
+            "before the edit",
+            KINDS[measure_before],
+            measure_before,
+            asked,
+            evals,
+            (str(PROTOCOL), weights_digest(self.model)),
+            baseline=True,
+        )
 
     def _speed(self, size: str) -> Job:
         # The key is new each time: seconds of another day or machine say nothing.
         asked = {"size": size, "threads": THREADS, "methods": size == "sd15" or self.profile == "full", "layers": self.size.official_layers}
-        return Job("speed", measure_speed, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
+        return Job("speed", KINDS[measure_speed], measure_speed, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
 
     def _verb(self) -> Job:
         asked = {"model": self.model, "threads": THREADS}
-        return Job("speed", measure_verb, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
+        return Job("speed", KINDS[measure_verb], measure_verb, asked, 0, (str(PROTOCOL), os.urandom(8).hex()), exclusive=True)
 
     def _on_demo(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": self.model, "world": "shapes", **arguments}

@@ -53,7 +53,7 @@ class Tiny:
 
 def job(value: int, **fields: Any) -> Job:
     arguments = {"value": value, **fields.pop("arguments", {})}
-    return Job("squares", measure, arguments, fields.pop("evals", abs(value)), **fields)
+    return Job("squares", "squares", measure, arguments, fields.pop("evals", abs(value)), **fields)
 
 
 def test_the_plan_is_said_first_and_not_exceeded(tmp_path: Path) -> None:
@@ -86,14 +86,16 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_result_is_found_by_all_it_depends_on() -> None:
     assert job(3).key == job(3).key == job(3, evals=99).key
     assert len({job(3).key, job(4).key, job(3, depends=("weights",)).key, job(3, isolated=True).key}) == 4
+    moved = Job("squares", "squares", slowly, {"value": 3}, 3)
+    assert moved.key == job(3).key != replace(moved, kind="cubes").key  # wherever the function lives, and whatever it is called
 
 
 def test_processes_change_nothing_but_the_memory_that_is_measured(tmp_path: Path) -> None:
     # Measured by dict itself, which other processes can import: they return their arguments.
-    alone = Job("squares", dict, {"evals": 3, "square": 9}, 3, isolated=True)
-    last = Job("squares", dict, {"evals": 4, "square": 16}, 4, exclusive=True)
+    alone = Job("squares", "squares", dict, {"evals": 3, "square": 9}, 3, isolated=True)
+    last = Job("squares", "squares", dict, {"evals": 4, "square": 16}, 4, exclusive=True)
     said: list[str] = []
-    suite = Tiny((last, Job("squares", dict, {"evals": 2, "square": 4}, 2), alone))
+    suite = Tiny((last, Job("squares", "squares", dict, {"evals": 2, "square": 4}, 2), alone))
     report = frame.run(suite, tmp_path, processes=2, say=said.append)
     assert [row["square"] for row in report["rows"]] == [16, 4, 9]
     assert [line for line in said if line.startswith("[3/3]") and "16" in line]
@@ -102,7 +104,7 @@ def test_processes_change_nothing_but_the_memory_that_is_measured(tmp_path: Path
 
 
 def test_a_failure_does_not_lose_what_other_processes_measured(tmp_path: Path) -> None:
-    wrong, slow = (Job("sleeps", slowly, {"seconds": seconds}, 1) for seconds in (-1.0, 1.0))
+    wrong, slow = (Job("sleeps", "sleeps", slowly, {"seconds": seconds}, 1) for seconds in (-1.0, 1.0))
     with pytest.raises(ValueError, match="non-negative"):
         frame.run(Tiny((wrong, slow)), tmp_path, processes=2, say=str)
     assert [path.stem for path in tmp_path.iterdir()] == [slow.key]
