@@ -38,10 +38,11 @@ DATA = Path(__file__).parent / "data"
 class Job:
     """One measurement. measure: a function at the top of its module, called with ``arguments`` (JSON), returning a ``Result``.
 
-    part: what the plan and the progress call it. kind: what the result is stored as, whatever ``measure`` is called and wherever it lives:
-    never changed, or results that were measured before are no longer found. evals: at most what it spends. depends: digests of what else the result depends on
-    (weights, code). baseline: no part of what is judged, so a result of another day, or none, will do. isolated: measured in a process
-    of its own, whose peak memory joins the result as ``peak_mb``. exclusive: measured while nothing else is, after all that is not.
+    part: what the plan and the progress call it. kind: what the result is stored as, wherever ``measure`` lives and whatever it is
+    called: never changed, or what was measured before is no longer found. evals: at most what it spends. depends: digests of what else
+    the result depends on (weights, code). baseline: no part of what is judged, so a result of another day, or none, will do. isolated:
+    measured in a process of its own, whose peak memory joins the result as ``peak_mb``. exclusive: measured while nothing else is, after
+    all that is not.
     """
 
     part: str

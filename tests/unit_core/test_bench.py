@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conceptkit.core import decompose, score
-from conceptkit.core.bench import decompose as suite_module
-from conceptkit.core.bench import frame, planted
-from conceptkit.core.bench.decompose import BASELINES, COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row
+from conceptkit.core import bench, score
+from conceptkit.core.bench import frame, planted, worlds
+from conceptkit.core.bench.decompose import measures, methods
+from conceptkit.core.bench.decompose import suite as suite_module
+from conceptkit.core.bench.decompose.figures import COLUMNS, method_row, natural_row, planted_row
+from conceptkit.core.bench.decompose.methods import BASELINES
+from conceptkit.core.bench.decompose.suite import SIZES, DecomposeSuite
+from conceptkit.core.bench.edit import suite as edit_suite
 from conceptkit.core.bench.frame import Bar, Job
+from conceptkit.core.bench.worlds import halves
 from conceptkit.core.decompose import Decomposition
 from conceptkit.core.demo.world import second_world, shapes_world
 from conceptkit.core.hosts.diffusers import load_model
@@ -119,6 +124,29 @@ def test_shipped_baselines_are_read_and_nothing_else(tmp_path: Path, monkeypatch
     assert [job.arguments["value"] for job in plan.fresh] == [3] and list(plan.known) == [suite.listed[0].key]
 
 
+def test_suites_are_found_by_being_there() -> None:
+    entries = bench.suites()
+    assert {"decompose", "edit"} <= set(entries)
+    for name, entry in entries.items():
+        suite = entry.make("quick", "demo", entry.listed)
+        assert suite.name == name and suite.profile == "quick" and entry.about.endswith(".")
+        with pytest.raises(ValueError, match="there is no method magic: choose from "):
+            entry.make("quick", "demo", "magic")
+
+
+def test_what_results_are_stored_under_never_changes() -> None:
+    """Else what was measured in hours, and shipped, is no longer found."""
+    job = Job("any", "decompose.measure_concept", dict, {"word": "bird", "pictures": 48}, 0, ("1", "weights"))
+    assert job.key == "82372a8308c9e594dd2409e3c7afa3e3"
+    decompose = ("planted", "natural", "concept", "oracle")
+    assert list(suite_module.STORED_AS.values()) == [f"decompose.measure_{name}" for name in decompose]
+    edit = ("before", "edit", "ablation", "joint", "kinds", "scenes")
+    assert list(edit_suite.STORED_AS.values()) == [
+        *(f"erasure.measure_{name}" for name in edit),
+        *("edit_speed.measure_speed", "edit_speed.measure_verb"),
+    ]
+
+
 def test_shards_make_one_whole(tmp_path: Path) -> None:
     suite = Tiny(tuple(job(value) for value in range(1, 9)))
     counts = [frame.run(suite, tmp_path, processes=0, say=str, shard=(index, 3))["run"]["measured"] for index in range(3)]
@@ -196,7 +224,7 @@ def test_natural_words_and_their_right_answers() -> None:
     assert shapes_world().right_words("anger") == {"red", "crimson", "cross", "triangle"}
 
 
-MEASURES = (suite_module.measure_planted, suite_module.measure_natural)
+MEASURES = (measures.measure_planted, measures.measure_natural)
 
 
 def natural(word: str, **fields: Any) -> dict[str, Any]:
@@ -223,7 +251,7 @@ def draw(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def row_of(method: str, set_: str, figures: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    return suite_module._row(method, set_, "shapes", fields.pop("half", None), [], frozenset(), {**figures, "peak_mb": None, **fields})
+    return method_row(method, set_, "shapes", fields.pop("half", None), [], frozenset(), {**figures, "peak_mb": None, **fields})
 
 
 def test_rows_have_every_column_and_their_intervals_hold_the_estimates() -> None:
@@ -259,7 +287,7 @@ def test_bars_are_judged_where_the_oracle_reaches_them() -> None:
 
 
 def test_the_ablation_is_measured_where_it_is_asked_for_on_dictionaries_of_every_size() -> None:
-    name = next(iter(suite_module.ABLATIONS))
+    name = next(iter(methods.ABLATIONS))
     jobs = [job for job in DecomposeSuite(second="demo-second", methods=(name,)).jobs() if job.measure in MEASURES]
     assert {job.arguments["method"] for job in jobs} == {"distilled", name}  # beside the whole method, on the same words
     assert {job.arguments["decoys"] for job in jobs if "draw" in job.arguments} == set(suite_module.ABLATION_DECOYS)
@@ -290,7 +318,7 @@ def test_baselines_are_called_as_published_and_as_tuned_at_the_same_evals(monkey
         called.append(options)
         raise InterruptedError
 
-    monkeypatch.setattr(decompose, "decompose_concept", recorded)
+    monkeypatch.setattr(measures, "decompose_concept", recorded)
     suite = DecomposeSuite(methods=BASELINES)
     for set_ in ("planted", "natural"):
         jobs = {
@@ -335,7 +363,7 @@ class Measured:
 @pytest.fixture(scope="module")
 def little(thrifty: dict[str, int]) -> Iterator[None]:
     """As little of everything as a measurement takes."""
-    whole = decompose.decompose_concept
+    whole = measures.decompose_concept
 
     def less(*given: Any, **options: Any) -> Decomposition:
         settings = thrifty if options["method"] == "distilled" else {}
@@ -343,9 +371,11 @@ def little(thrifty: dict[str, int]) -> Iterator[None]:
 
     size = replace(SIZES["quick"], planted=3, exact=1, pictures=2, text_pictures=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decompose, "decompose_concept", less)
+        patch.setattr(measures, "decompose_concept", less)
         for name, value in (("FIDELITY_PICTURES", 1), ("STEPS", 2), ("DECOYS", 6), ("ORACLE", 2), ("SIZES", {"quick": size})):
-            patch.setattr(suite_module, name, value)
+            for module in (worlds, measures, suite_module):
+                if hasattr(module, name):
+                    patch.setattr(module, name, value)
         yield
 
 
@@ -360,7 +390,7 @@ def measured(little: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_measurements_of_a_random_model(measured: Measured, checkpoint: Path) -> None:
-    made = suite_module.measure_planted(str(checkpoint), "shapes", "distilled", "planted", 0)
+    made = measures.measure_planted(str(checkpoint), "shapes", "distilled", "planted", 0)
     assert len(made["planted"]) == 2 and made["method_evals"] > 0
     three, four, exact = measured.results("measure_planted")
     assert [len(result["planted"]) for result in (three, four, exact)] == [3, 4, 2]
