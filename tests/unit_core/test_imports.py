@@ -90,6 +90,18 @@ def test_the_demo_is_a_model_like_any_other(module):
     assert not [target for target in relative(module) if target[:2] == ("core", "demo")]
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if len(m.parts) > 3 and m.parts[:2] == ("core", "bench")], ids=str)
+def test_no_benchmark_knows_another(module):
+    bench = ROOT / "core" / "bench"
+    others = {folder.name for folder in bench.iterdir() if folder.is_dir()} - {module.parts[2]}
+    assert not [target for target in relative(module) if target[:2] == ("core", "bench") and target[2] in others]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[:2] in (("core", "bench"), ("core", "cli"))], ids=str)
+def test_benchmarks_and_commands_import_nothing_private(module):
+    assert not [target for target in relative(module) if target[-1].startswith("_") and target[-1] != "__version__"]
+
+
 @pytest.mark.parametrize("module", METHODS + [m for m in MODULES if m.parts[0] == "nodes"], ids=str)
 def test_listing_nodes_loads_nothing_slow(module):
     assert not first(absolute(module, top_level=True)) & SLOW

@@ -17,15 +17,15 @@ from ...edit.layers import gram
 from ...edit.report import Adversary
 from ...edit.solve import LowRank
 from ...edit.texts import Texts, caption_corpus, corpus
+from ...learn import invert_concept
 from ...model import Conditioning, Model, Slot
-from ...vocabulary import WORD_END, embeddings
 from ..worlds import TEMPLATE
 from .cases import Case, Counts
 from .look import judged, sampled
 
 LEARN_BATCH = 8
 LEARN_RATE = 0.1
-"""Of Adam, in units of a table row's root mean square."""
+"""Of textual inversion, as `invert_concept` counts it."""
 LEARN_PICTURES = 64
 """Renders of the concept that textual inversion learns from."""
 
@@ -67,34 +67,11 @@ def _hits(
 
 
 def inverted(model: Model, world: World, concept: Concept, edit: ContextEdit | None, *, steps: int, seed: int) -> Slot:
-    """One token per text encoder that minimises the noise-prediction error on renders of the concept, started from the word "thing".
-
-    Adam with a rate relative to the table's mean row length, decaying to zero along a cosine; noise levels uniform in training time.
-    """
-    if model.autoencoder is None:
-        raise ValueError("the model has no autoencoder to encode the concept's pictures with: load one that has")
-    generator, drawn = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    """A token learned from renders of the concept, through the edit."""
+    drawn = np.random.default_rng(seed)
     renders = render.draw_batch([world.picture_of(concept.text, drawn) for _ in range(LEARN_PICTURES)])
-    with torch.no_grad():
-        latents = model.autoencoder.encode(torch.from_numpy(renders).float().div(255).movedim(-1, 1))
-    start = embeddings(model.text, [model.text.vocabulary["thing" + WORD_END]])
-    rows = {name: row.clone().requires_grad_() for name, row in start.items()}
-    norm = {name: float(table.norm(dim=1).mean()) for name, table in model.text.tables.items()}
-    groups = [{"params": [row], "lr": LEARN_RATE * norm[name] / row.shape[-1] ** 0.5} for name, row in rows.items()]
-    optimiser = torch.optim.Adam(groups)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    sigmas = model.denoiser.training_sigmas
-    for _ in range(steps):
-        index = torch.randint(len(latents), (LEARN_BATCH,), generator=generator)
-        sigma = sigmas[torch.randint(len(sigmas), (LEARN_BATCH,), generator=generator)]
-        x0, level = latents[index], sigma.view(-1, 1, 1, 1)
-        noise = torch.randn(x0.shape, generator=generator)
-        conditioning = model.text.encode([fill(TEMPLATE, [dict(rows)])])
-        if edit is not None:
-            conditioning = edit.apply_to_conditioning(conditioning)
-        loss = ((model.denoise(x0 + level * noise, sigma, conditioning) - x0) / level).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        decay.step()
-    return {name: row.detach() for name, row in rows.items()}
+    images = torch.from_numpy(renders).float().div(255).movedim(-1, 1)
+    transform = None if edit is None else edit.apply_to_conditioning
+    return invert_concept(
+        model, images, templates=[TEMPLATE], steps=steps, batch=LEARN_BATCH, rate=LEARN_RATE, seed=seed, transform=transform
+    )

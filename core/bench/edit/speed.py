@@ -34,7 +34,6 @@ from ...edit.texts import Texts
 from ...model import Conditioning, Family, Model, Prompt, UnsupportedModel
 from ...vocabulary import WORD_END
 from ..frame import Result
-from ..worlds import load
 
 COLUMNS = 100
 RIDGE = 0.5
@@ -204,6 +203,8 @@ def measure_verb(model: str, threads: int, pairs: int = PAIRS) -> Result:
 
     With what depends on the checkpoint alone at hand, as the nodes keep it, and without (``first``).
     """
+    from ..worlds import load  # here, since all that comes along would change what ``measure_speed`` finds of memory
+
     torch.set_num_threads(threads)
     loaded = load(model)
     concept, guide = ERASED
