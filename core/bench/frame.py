@@ -38,12 +38,15 @@ DATA = Path(__file__).parent / "data"
 class Job:
     """One measurement. measure: a function at the top of its module, called with ``arguments`` (JSON), returning a ``Result``.
 
-    part: what the plan and the progress call it. evals: at most what it spends. depends: digests of what else the result depends on
-    (weights, code). baseline: no part of what is judged, so a result of another day, or none, will do. isolated: measured in a process
-    of its own, whose peak memory joins the result as ``peak_mb``. exclusive: measured while nothing else is, after all that is not.
+    part: what the plan and the progress call it. kind: what the result is stored as, wherever ``measure`` lives and whatever it is
+    called: never changed, or what was measured before is no longer found. evals: at most what it spends. depends: digests of what else
+    the result depends on (weights, code). baseline: no part of what is judged, so a result of another day, or none, will do. isolated:
+    measured in a process of its own, whose peak memory joins the result as ``peak_mb``. exclusive: measured while nothing else is, after
+    all that is not.
     """
 
     part: str
+    kind: str
     measure: Callable[..., Result]
     arguments: Mapping[str, Any]
     evals: int
@@ -55,8 +58,7 @@ class Job:
     @cached_property
     def key(self) -> str:
         """The hash of all that determines the result."""
-        name = f"{self.measure.__module__.rpartition('.')[2]}.{self.measure.__qualname__}"
-        text = json.dumps([name, self.arguments, self.depends, self.isolated], sort_keys=True, separators=(",", ":"))
+        text = json.dumps([self.kind, self.arguments, self.depends, self.isolated], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conceptkit.core import decompose, score
-from conceptkit.core.bench import decompose as suite_module
-from conceptkit.core.bench import frame, planted
-from conceptkit.core.bench.decompose import BASELINES, COLUMNS, SIZES, DecomposeSuite, halves, natural_row, planted_row
+from conceptkit.core import bench, score
+from conceptkit.core.bench import frame, planted, worlds
+from conceptkit.core.bench.decompose import measures, methods
+from conceptkit.core.bench.decompose import suite as suite_module
+from conceptkit.core.bench.decompose.figures import COLUMNS, method_row, natural_row, planted_row
+from conceptkit.core.bench.decompose.methods import BASELINES
+from conceptkit.core.bench.decompose.suite import SIZES, DecomposeSuite
+from conceptkit.core.bench.edit import suite as edit_suite
 from conceptkit.core.bench.frame import Bar, Job
+from conceptkit.core.bench.worlds import halves
 from conceptkit.core.decompose import Decomposition
 from conceptkit.core.demo.world import second_world, shapes_world
 from conceptkit.core.hosts.diffusers import load_model
@@ -53,7 +58,7 @@ class Tiny:
 
 def job(value: int, **fields: Any) -> Job:
     arguments = {"value": value, **fields.pop("arguments", {})}
-    return Job("squares", measure, arguments, fields.pop("evals", abs(value)), **fields)
+    return Job("squares", "squares", measure, arguments, fields.pop("evals", abs(value)), **fields)
 
 
 def test_the_plan_is_said_first_and_not_exceeded(tmp_path: Path) -> None:
@@ -86,14 +91,16 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_result_is_found_by_all_it_depends_on() -> None:
     assert job(3).key == job(3).key == job(3, evals=99).key
     assert len({job(3).key, job(4).key, job(3, depends=("weights",)).key, job(3, isolated=True).key}) == 4
+    moved = Job("squares", "squares", slowly, {"value": 3}, 3)
+    assert moved.key == job(3).key != replace(moved, kind="cubes").key  # wherever the function lives, and whatever it is called
 
 
 def test_processes_change_nothing_but_the_memory_that_is_measured(tmp_path: Path) -> None:
     # Measured by dict itself, which other processes can import: they return their arguments.
-    alone = Job("squares", dict, {"evals": 3, "square": 9}, 3, isolated=True)
-    last = Job("squares", dict, {"evals": 4, "square": 16}, 4, exclusive=True)
+    alone = Job("squares", "squares", dict, {"evals": 3, "square": 9}, 3, isolated=True)
+    last = Job("squares", "squares", dict, {"evals": 4, "square": 16}, 4, exclusive=True)
     said: list[str] = []
-    suite = Tiny((last, Job("squares", dict, {"evals": 2, "square": 4}, 2), alone))
+    suite = Tiny((last, Job("squares", "squares", dict, {"evals": 2, "square": 4}, 2), alone))
     report = frame.run(suite, tmp_path, processes=2, say=said.append)
     assert [row["square"] for row in report["rows"]] == [16, 4, 9]
     assert [line for line in said if line.startswith("[3/3]") and "16" in line]
@@ -102,7 +109,7 @@ def test_processes_change_nothing_but_the_memory_that_is_measured(tmp_path: Path
 
 
 def test_a_failure_does_not_lose_what_other_processes_measured(tmp_path: Path) -> None:
-    wrong, slow = (Job("sleeps", slowly, {"seconds": seconds}, 1) for seconds in (-1.0, 1.0))
+    wrong, slow = (Job("sleeps", "sleeps", slowly, {"seconds": seconds}, 1) for seconds in (-1.0, 1.0))
     with pytest.raises(ValueError, match="non-negative"):
         frame.run(Tiny((wrong, slow)), tmp_path, processes=2, say=str)
     assert [path.stem for path in tmp_path.iterdir()] == [slow.key]
@@ -115,6 +122,29 @@ def test_shipped_baselines_are_read_and_nothing_else(tmp_path: Path, monkeypatch
     monkeypatch.setattr(frame, "DATA", tmp_path / "data")
     plan = frame.plan(suite, None)
     assert [job.arguments["value"] for job in plan.fresh] == [3] and list(plan.known) == [suite.listed[0].key]
+
+
+def test_suites_are_found_by_being_there() -> None:
+    entries = bench.suites()
+    assert {"decompose", "edit"} <= set(entries)
+    for name, entry in entries.items():
+        suite = entry.make("quick", "demo", entry.listed)
+        assert suite.name == name and suite.profile == "quick" and entry.about.endswith(".")
+        with pytest.raises(ValueError, match="there is no method magic: choose from "):
+            entry.make("quick", "demo", "magic")
+
+
+def test_what_results_are_stored_under_never_changes() -> None:
+    """Else what was measured in hours, and shipped, is no longer found."""
+    job = Job("any", "decompose.measure_concept", dict, {"word": "bird", "pictures": 48}, 0, ("1", "weights"))
+    assert job.key == "82372a8308c9e594dd2409e3c7afa3e3"
+    decompose = ("planted", "natural", "concept", "oracle")
+    assert list(suite_module.STORED_AS.values()) == [f"decompose.measure_{name}" for name in decompose]
+    edit = ("before", "edit", "ablation", "joint", "kinds", "scenes")
+    assert list(edit_suite.STORED_AS.values()) == [
+        *(f"erasure.measure_{name}" for name in edit),
+        *("edit_speed.measure_speed", "edit_speed.measure_verb"),
+    ]
 
 
 def test_shards_make_one_whole(tmp_path: Path) -> None:
@@ -194,7 +224,7 @@ def test_natural_words_and_their_right_answers() -> None:
     assert shapes_world().right_words("anger") == {"red", "crimson", "cross", "triangle"}
 
 
-MEASURES = (suite_module.measure_planted, suite_module.measure_natural)
+MEASURES = (measures.measure_planted, measures.measure_natural)
 
 
 def natural(word: str, **fields: Any) -> dict[str, Any]:
@@ -221,7 +251,7 @@ def draw(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def row_of(method: str, set_: str, figures: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    return suite_module._row(method, set_, "shapes", fields.pop("half", None), [], frozenset(), {**figures, "peak_mb": None, **fields})
+    return method_row(method, set_, "shapes", fields.pop("half", None), [], frozenset(), {**figures, "peak_mb": None, **fields})
 
 
 def test_rows_have_every_column_and_their_intervals_hold_the_estimates() -> None:
@@ -257,7 +287,7 @@ def test_bars_are_judged_where_the_oracle_reaches_them() -> None:
 
 
 def test_the_ablation_is_measured_where_it_is_asked_for_on_dictionaries_of_every_size() -> None:
-    name = next(iter(suite_module.ABLATIONS))
+    name = next(iter(methods.ABLATIONS))
     jobs = [job for job in DecomposeSuite(second="demo-second", methods=(name,)).jobs() if job.measure in MEASURES]
     assert {job.arguments["method"] for job in jobs} == {"distilled", name}  # beside the whole method, on the same words
     assert {job.arguments["decoys"] for job in jobs if "draw" in job.arguments} == set(suite_module.ABLATION_DECOYS)
@@ -288,7 +318,7 @@ def test_baselines_are_called_as_published_and_as_tuned_at_the_same_evals(monkey
         called.append(options)
         raise InterruptedError
 
-    monkeypatch.setattr(decompose, "decompose_concept", recorded)
+    monkeypatch.setattr(measures, "decompose_concept", recorded)
     suite = DecomposeSuite(methods=BASELINES)
     for set_ in ("planted", "natural"):
         jobs = {
@@ -333,7 +363,7 @@ class Measured:
 @pytest.fixture(scope="module")
 def little(thrifty: dict[str, int]) -> Iterator[None]:
     """As little of everything as a measurement takes."""
-    whole = decompose.decompose_concept
+    whole = measures.decompose_concept
 
     def less(*given: Any, **options: Any) -> Decomposition:
         settings = thrifty if options["method"] == "distilled" else {}
@@ -341,9 +371,11 @@ def little(thrifty: dict[str, int]) -> Iterator[None]:
 
     size = replace(SIZES["quick"], planted=3, exact=1, pictures=2, text_pictures=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decompose, "decompose_concept", less)
+        patch.setattr(measures, "decompose_concept", less)
         for name, value in (("FIDELITY_PICTURES", 1), ("STEPS", 2), ("DECOYS", 6), ("ORACLE", 2), ("SIZES", {"quick": size})):
-            patch.setattr(suite_module, name, value)
+            for module in (worlds, measures, suite_module):
+                if hasattr(module, name):
+                    patch.setattr(module, name, value)
         yield
 
 
@@ -358,7 +390,7 @@ def measured(little: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_measurements_of_a_random_model(measured: Measured, checkpoint: Path) -> None:
-    made = suite_module.measure_planted(str(checkpoint), "shapes", "distilled", "planted", 0)
+    made = measures.measure_planted(str(checkpoint), "shapes", "distilled", "planted", 0)
     assert len(made["planted"]) == 2 and made["method_evals"] > 0
     three, four, exact = measured.results("measure_planted")
     assert [len(result["planted"]) for result in (three, four, exact)] == [3, 4, 2]

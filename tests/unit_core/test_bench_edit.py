@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conceptkit.core.bench import edit as suite_module
-from conceptkit.core.bench import edit_speed, erasure, frame
-from conceptkit.core.bench.edit import BEFORE, CONCEPTS, DEFAULT, DRAWN, JOINT, QUICK_METHODS, SETS, SURVIVE, EditSuite
-from conceptkit.core.bench.erasure import ABLATIONS, Counts, cases, joint_cases, neighbours, parts, planned, planned_joint, unrelated
+from conceptkit.core.bench import frame, worlds
+from conceptkit.core.bench.edit import attacks, measures, speed
+from conceptkit.core.bench.edit import suite as suite_module
+from conceptkit.core.bench.edit.cases import Counts, cases, joint_cases, neighbours, parts, synonyms, unrelated
+from conceptkit.core.bench.edit.figures import DEFAULT, SURVIVE
+from conceptkit.core.bench.edit.measures import ABLATIONS, planned, planned_joint
+from conceptkit.core.bench.edit.suite import BEFORE, CONCEPTS, DRAWN, JOINT, QUICK_METHODS, SETS, EditSuite
 from conceptkit.core.demo import detect
 from conceptkit.core.demo.world import shapes_world
 from conceptkit.core.edit import METHODS, Concept, ContextEdit, parse_concepts, solve_edit
@@ -63,7 +66,7 @@ def test_no_prompt_is_one_that_the_method_solves_for(line: str) -> None:
     assert not asked & solved
     if WORLD.words[concept.text].role in ("shape", "colour", "exemplar"):
         said = {word for case in listed["attributed"] for word in case.prompt.split()}
-        assert said >= {concept.text, *erasure.synonyms(WORLD, concept.text)} and len(listed["attributed"]) == 32
+        assert said >= {concept.text, *synonyms(WORLD, concept.text)} and len(listed["attributed"]) == 32
         assert len(listed["instead"]) == (16 if concept.replacement and WORLD.words[concept.replacement].role != "texture" else 0)
 
 
@@ -71,7 +74,7 @@ def test_no_prompt_is_one_that_the_method_solves_for(line: str) -> None:
 def test_of_several_concepts_none_is_counted_as_surviving(call: tuple[str, ...]) -> None:
     listed = joint_cases(WORLD, call, Counts(8, 3, 1, 2, 1))
     words = [WORLD.words[text] for text in call]
-    gone = {name for word in words for name in (word.text, *erasure.synonyms(WORLD, word.text), *word.related, *parts(WORLD, word))}
+    gone = {name for word in words for name in (word.text, *synonyms(WORLD, word.text), *word.related, *parts(WORLD, word))}
     assert len(listed["concept"]) == 2 * len(call) and {case.word for case in listed["concept"]} == set(call)
     assert {WORLD.words[case.prompt.split()[-1]].synonym_of for case in listed["synonym"]} <= set(call)
     survivors = [{case.word for case in listed[name]} for name in ("neighbour", "unrelated")]
@@ -82,13 +85,13 @@ def test_of_several_concepts_none_is_counted_as_surviving(call: tuple[str, ...])
 def test_concepts_of_one_call_are_drawn_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     square = detect.ThingReading("square", "large", "red", "plain", None, None, frozenset(), 0.0)
     monkeypatch.setattr(detect, "read", lambda picture: detect.Reading("white", (square,), False))
-    monkeypatch.setattr(erasure, "STEPS", 2)
+    monkeypatch.setattr(worlds, "STEPS", 2)
     counts = {"concept": 4, "neighbour": 1, "unrelated": 0, "attack": 1, "learn": 1}
-    found = {method: erasure.measure_joint("demo", "shapes", method, ["circle", "square"], counts) for method in (None, "uce-2025")}
+    found = {method: measures.measure_joint("demo", "shapes", method, ["circle", "square"], counts) for method in (None, "uce-2025")}
     assert all(result["evals"] == planned_joint(WORLD, ("circle", "square"), Counts(**counts)) for result in found.values())
     assert all(result["hits"]["concept"] == [0, 1] and result["hits"]["mistaken"] == [1, 0] for result in found.values())
     suite = EditSuite("quick", methods=(DEFAULT,))
-    jobs = [job for job in suite.jobs() if job.measure is erasure.measure_joint and len(job.arguments["concepts"]) == 2]
+    jobs = [job for job in suite.jobs() if job.measure is measures.measure_joint and len(job.arguments["concepts"]) == 2]
     after = {"concept": [0] * 16 + [1] * 16, "mistaken": [0] * 32, "synonym": [0], "neighbour": [1, 0], "unrelated": [1]}
     before = {"concept": [1] * 32, "mistaken": [1] * 32, "synonym": [1], "neighbour": [1, 1], "unrelated": [1]}
     done = {
@@ -108,7 +111,7 @@ def test_concepts_of_one_call_are_drawn_before_and_after(monkeypatch: pytest.Mon
 
 def test_what_is_drawn_instead_is_counted_by_role() -> None:
     suite = EditSuite(methods=(DEFAULT,))
-    job = next(job for job in suite.jobs() if job.measure is erasure.measure_kinds and job.arguments["world"] == "shapes")
+    job = next(job for job in suite.jobs() if job.measure is measures.measure_kinds and job.arguments["world"] == "shapes")
     kinds = (("shape", True), ("shape", True), ("style", False), ("style", False))
     words = [{"word": f"word {i}", "role": role, "anchor": "x", "kind": kind} for i, (role, kind) in enumerate(kinds)]
     (row,) = [row for row in suite.rows({job.key: {"words": words, "evals": 0}}, frozenset()) if row["set"] == "kinds"]
@@ -127,11 +130,11 @@ def test_concepts_are_of_many_kinds_and_some_are_replaced() -> None:
 
 def test_what_is_planned_is_what_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "read", lambda picture: detect.Reading("white", (), False))
-    monkeypatch.setattr(erasure, "STEPS", 2)
-    monkeypatch.setattr(erasure, "LEARN_PICTURES", 2)
+    monkeypatch.setattr(worlds, "STEPS", 2)
+    monkeypatch.setattr(attacks, "LEARN_PICTURES", 2)
     concept, counts = Concept("circle", "square"), {"concept": 1, "neighbour": 1, "unrelated": 0, "attack": 1, "learn": 1}
     sets = ["concept", "derived", "learned"]
-    found = erasure.measure_edit("demo", "shapes", "uce-2025", "circle -> square", 1.0, False, counts, sets)
+    found = measures.measure_edit("demo", "shapes", "uce-2025", "circle -> square", 1.0, False, counts, sets)
     assert found["evals"] == planned(WORLD, concept, Counts(**counts), sets) == 4 * 3 + 24
     assert set(found["hits"]) == {*sets, "replacement"} and all(len(hits) == 1 for hits in found["hits"].values())
     assert found["report"]["concepts"][0]["text"] == "circle"
@@ -157,7 +160,7 @@ def test_the_plan_fits_the_profile_and_judges_first(tmp_path: Path, monkeypatch:
 def test_the_full_profile_covers_every_method_and_twenty_edits() -> None:
     suite = EditSuite("full")
     assert set(suite.measured) == {name for name, preset in METHODS.items() if not preset.balances}
-    edits = [job for job in suite.jobs() if job.measure is erasure.measure_edit]
+    edits = [job for job in suite.jobs() if job.measure is measures.measure_edit]
     assert len(edits) >= 20 and len({job.key for job in suite.jobs()}) == len(suite.jobs())
     assert {job.arguments["concept"] for job in edits} == {*CONCEPTS, *suite_module.MORE_CONCEPTS}
     assert suite.size.counts.concept == 128 and EditSuite().size.counts.concept == 64
@@ -171,7 +174,7 @@ def test_ablations_change_settings_that_there_are() -> None:
 
 
 def test_every_ablation_draws_the_same_pictures() -> None:
-    jobs = [job for job in EditSuite().jobs() if job.measure is erasure.measure_ablation]
+    jobs = [job for job in EditSuite().jobs() if job.measure is measures.measure_ablation]
     drawn = {concept: {str({**job.arguments, "method": ""}) for job in jobs if job.arguments["concept"] == concept} for concept in CONCEPTS}
     assert all(len(asked) == 1 for asked in drawn.values())
     assert {job.arguments["concept"] for job in jobs if job.evals} == set(CONCEPTS)
@@ -181,7 +184,7 @@ def test_every_ablation_draws_the_same_pictures() -> None:
 
 def test_an_ablation_without_pictures_says_what_is_left() -> None:
     def left(name: str) -> dict[str, Any]:
-        return dict(erasure.measure_ablation("demo", "shapes", name, "circle -> square", asdict(COUNTS), []))
+        return dict(measures.measure_ablation("demo", "shapes", name, "circle -> square", asdict(COUNTS), []))
 
     whole, without = left("the default"), left("without prompts with other words")
     assert whole["evals"] == 0 and whole["hits"] == {}
@@ -210,12 +213,12 @@ def test_rows_and_bars_from_known_pictures() -> None:
     suite = EditSuite(methods=(DEFAULT,))
     done = {}
     for job in suite.jobs():
-        if job.measure is erasure.measure_before:
+        if job.measure is measures.measure_before:
             done[job.key] = result(suite, job, dict.fromkeys(BEFORE, 1.0) | {"chance": 0.0})
-        elif job.measure is erasure.measure_edit:
+        elif job.measure is measures.measure_edit:
             after = {"concept": 0.0, "synonym": 0.25, "pair": 0.0, "neighbour": 0.5, "unrelated": 1.0, "replacement": 1.0}
             done[job.key] = result(suite, job, after | {"derived": 1.0, "learned": 0.5})
-        elif job.measure is erasure.measure_ablation:
+        elif job.measure is measures.measure_ablation:
             drawn = {"concept": 1.0, "neighbour": 1.0} if job.arguments["sets"] else {}
             left = {"beside": 0.5, "padding": 0.25} if job.arguments["concept"] in CONCEPTS else {"beside": 1.0, "padding": 0.25}
             done[job.key] = {**result(suite, job, drawn), "left": left, "prompts": 10}
@@ -243,7 +246,7 @@ def test_rows_and_bars_from_known_pictures() -> None:
 @pytest.mark.parametrize("profile", ["quick", "full"])
 def test_the_certificate_is_a_rank_correlation(profile: frame.Profile) -> None:
     suite = EditSuite(profile)
-    edits = [job for job in suite.jobs() if job.measure is erasure.measure_edit]
+    edits = [job for job in suite.jobs() if job.measure is measures.measure_edit]
     shares = {job.key: i / len(edits) for i, job in enumerate(edits)}
     done = {job.key: result(suite, job, {"derived": shares[job.key]}, regenerable=shares[job.key]) for job in edits}
     (row,) = [row for row in suite.rows(done, frozenset()) if row["set"] == "certificate"]
@@ -256,11 +259,11 @@ def test_speed_rows_compare_like_with_like() -> None:
     suite = EditSuite()
     found = {}
     for job in suite.jobs():
-        if job.measure is edit_speed.measure_speed:
+        if job.measure is speed.measure_speed:
             found[job.key] = {"seconds": 0.5, "peak_mb": 100.0, "gram_seconds": 0.5, "threads": 2, "evals": 0}
             found[job.key] |= {"official_seconds": 10.0, "official_ratio": 21.0, "official_range": [6.0, 23.0], "vectorised_ratio": 5.0}
             found[job.key] |= {"rece_seconds": 0.6, "default_seconds": 4.0, "default_peak_mb": 151.0} if job.arguments["methods"] else {}
-        if job.measure is edit_speed.measure_verb:
+        if job.measure is speed.measure_verb:
             found[job.key] = {"seconds": 0.25, "first_seconds": 0.5, "official_seconds": 0.03, "official_ratio": 0.1, "evals": 0}
     rows = suite.rows(found, frozenset())
     assert [row["size"] for row in rows] == ["sd15", "sdxl", "demo"]
@@ -276,24 +279,24 @@ def test_the_published_loops_and_the_solver_find_the_same_weights(tmp_path: Path
     width, columns = 24, 5
     generator = torch.Generator().manual_seed(0)
     weight, c, a = (torch.randn(size, generator=generator) for size in ((16, width), (width, columns), (width, columns)))
-    found = minimise(Problem(c.double(), a.double(), torch.ones(columns, dtype=torch.float64), edit_speed.RIDGE))
+    found = minimise(Problem(c.double(), a.double(), torch.ones(columns, dtype=torch.float64), speed.RIDGE))
     ours = weight.double() @ (torch.eye(width, dtype=torch.float64) + found.u @ found.v.T)
-    for loop in edit_speed.LOOPS.values():
+    for loop in speed.LOOPS.values():
         theirs = loop(weight, c, a).double()
         assert float((theirs - ours).norm() / ours.norm()) < 1e-4
 
 
 def test_speed_is_measured_on_stored_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = edit_speed.StoredLayers(tmp_path / "layers", 32, {16: 2, 8: 2}).write()
+    layers = speed.StoredLayers(tmp_path / "layers", 32, {16: 2, 8: 2}).write()
     shapes = [tuple(weight.shape) for _, weight in layers.key_values()]
     assert shapes == [(16, 32), (16, 32), (8, 32), (8, 32)]
     assert len({path for path, _ in layers.key_values()}) == 4
     again = list(layers.key_values())
     assert all(torch.equal(x, y) for (_, x), (_, y) in zip(layers.key_values(), again, strict=True))
-    monkeypatch.setattr(edit_speed, "LAYERS", {"tiny": ("sd1", 32, {16: 2, 8: 2})})
+    monkeypatch.setattr(speed, "LAYERS", {"tiny": ("sd1", 32, {16: 2, 8: 2})})
     threads = torch.get_num_threads()
     try:
-        found = edit_speed.measure_speed("tiny", 1, methods=False, layers=1, pairs=3)
+        found = speed.measure_speed("tiny", 1, methods=False, layers=1, pairs=3)
     finally:
         torch.set_num_threads(threads)
     assert found["seconds"] > 0 and found["gram_seconds"] > 0 and "default_seconds" not in found and found["pairs"] == 3
@@ -308,7 +311,7 @@ def test_both_sides_are_timed_in_turns_and_compared_pair_by_pair() -> None:
     def timed(name: str, seconds: Iterator[float]) -> Callable[[], float]:
         return lambda: order.append(name) or next(seconds)
 
-    found = edit_speed._medians(edit_speed._in_turns({"": timed("ours", ours), "official": timed("theirs", theirs)}, 3))
+    found = speed._medians(speed._in_turns({"": timed("ours", ours), "official": timed("theirs", theirs)}, 3))
     assert order == ["ours", "theirs"] * 3
     assert found == {"seconds": 2.0, "official_seconds": 6.0, "official_ratio": 2.0, "official_range": [2.0, 3.0], "pairs": 3}
 
@@ -316,9 +319,9 @@ def test_both_sides_are_timed_in_turns_and_compared_pair_by_pair() -> None:
 def test_layers_left_out_of_the_timing_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer of each height is timed; the seconds are those of all: 3 of the first height and 5 of the second, a second each."""
     asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(edit_speed, "LOOPS", {"official": lambda weight, c, a: asked.append(tuple(weight.shape))})
-    monkeypatch.setattr(edit_speed, "_seconds", lambda run: (run(), 1.0)[1])
-    loops = edit_speed._published({16: 3, 8: 5}, 1, torch.zeros(4, 2), torch.zeros(4, 2))
+    monkeypatch.setattr(speed, "LOOPS", {"official": lambda weight, c, a: asked.append(tuple(weight.shape))})
+    monkeypatch.setattr(speed, "_seconds", lambda run: (run(), 1.0)[1])
+    loops = speed._published({16: 3, 8: 5}, 1, torch.zeros(4, 2), torch.zeros(4, 2))
     assert loops["official"]() == 8.0
     assert asked == [(16, 4), (8, 4)]
 
@@ -326,7 +329,7 @@ def test_layers_left_out_of_the_timing_are_counted(monkeypatch: pytest.MonkeyPat
 def test_the_published_edit_of_a_whole_model_is_the_solver_s() -> None:
     model = load_model("demo")
     with torch.no_grad():
-        theirs = edit_speed.uce_as_published(model, "circle", "square")
+        theirs = speed.uce_as_published(model, "circle", "square")
     ours = dict(solve_edit(model, "circle -> square", method="uce-2025").bake(model.cross_attention))
     assert theirs.keys() == ours.keys()
     assert max(float((theirs[path] - weight.float()).norm() / weight.float().norm()) for path, weight in ours.items()) < 1e-3
@@ -338,6 +341,6 @@ def test_an_unedited_model_needs_no_adversary() -> None:
         context = model.text.encode(["a photo of a circle"]).context[0]
     factors = torch.zeros(context.shape[1], 1)
     edit = ContextEdit("sd1", LowRank(factors, factors))
-    found = erasure.adversary(model, edit, context)
+    found = attacks.adversary(model, edit, context)
     assert found.shape == context.shape
     assert float((found - context).norm() / context.norm()) < 1e-2

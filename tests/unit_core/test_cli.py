@@ -170,6 +170,18 @@ def test_wrong_usage(run: Run, arguments: tuple[str, ...]) -> None:
     assert run(*arguments) == 2
 
 
+def test_every_family_of_commands_is_listed() -> None:
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    assert modules == {"__init__", "__main__", "frame", *cli.FAMILIES}
+
+
+def test_the_module_runs_as_the_script_does() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "conceptkit.core.cli", "bench", "edit", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "Measure edits where the answer is known" in done.stdout
+
+
 def test_starts_without_anything_heavy() -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'matplotlib', 'scipy'}"
     code = f"import sys; from conceptkit.core import cli; print(sorted({heavy} & set(sys.modules)))"

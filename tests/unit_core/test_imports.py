@@ -20,7 +20,7 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths",
 INSIDES = HOST - {"comfy_api", "folder_paths"}
 ABOVE = {"bench", "cli", "demo", "hosts"}
 """What stands on the methods; no method may know of it."""
-KNOW_THE_DEMO = {Path("core/demo"), Path("core/bench"), Path("core/cli.py"), Path("nodes/demo_model.py")}
+KNOW_THE_DEMO = {Path("core/demo"), Path("core/bench"), Path("core/cli"), Path("nodes/demo_model.py")}
 COMFY = Path("nodes/comfy")
 SLOW = {"diffusers", "matplotlib", "scipy", "transformers", "typer"}
 MODULES = sorted(path.relative_to(ROOT) for top in ("core", "nodes") for path in (ROOT / top).rglob("*.py"))
@@ -93,6 +93,18 @@ def test_methods_know_nothing_above_them(module):
 @pytest.mark.parametrize("module", [m for m in MODULES if not KNOW_THE_DEMO & {m, *m.parents}], ids=str)
 def test_the_demo_is_a_model_like_any_other(module):
     assert not [target for target in relative(module) if target[:2] == ("core", "demo")]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if len(m.parts) > 3 and m.parts[:2] == ("core", "bench")], ids=str)
+def test_no_benchmark_knows_another(module):
+    bench = ROOT / "core" / "bench"
+    others = {folder.name for folder in bench.iterdir() if folder.is_dir()} - {module.parts[2]}
+    assert not [target for target in relative(module) if target[:2] == ("core", "bench") and target[2] in others]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.parts[:2] in (("core", "bench"), ("core", "cli"))], ids=str)
+def test_benchmarks_and_commands_import_nothing_private(module):
+    assert not [target for target in relative(module) if target[-1].startswith("_") and target[-1] != "__version__"]
 
 
 @pytest.mark.parametrize("module", METHODS + [m for m in MODULES if m.parts[0] == "nodes"], ids=str)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from conceptkit.core.bench.erasure import measure_kinds, of_a_kind
+from conceptkit.core.bench.edit.cases import of_a_kind
+from conceptkit.core.bench.edit.measures import measure_kinds
 from conceptkit.core.demo.world import shapes_world
 from conceptkit.core.edit import Concept, solve_edit
 from conceptkit.core.edit.job import Job, Parts

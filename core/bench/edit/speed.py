@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..edit import ContextEdit, save_lora, solve_edit
-from ..edit.job import Job
-from ..edit.layers import cross_attention, gram
-from ..edit.presets import rece
-from ..edit.solve import LowRank, Problem, minimise
-from ..edit.texts import Texts
-from ..model import Conditioning, Family, Model, Prompt, UnsupportedModel
-from ..vocabulary import WORD_END
-from .frame import Result
+from ...edit import ContextEdit, parse_concepts, save_lora, solve_edit
+from ...edit.job import Job
+from ...edit.layers import cross_attention, gram
+from ...edit.presets import rece
+from ...edit.solve import LowRank, Problem, minimise
+from ...edit.texts import Texts
+from ...model import Conditioning, Family, Model, Prompt, UnsupportedModel
+from ...vocabulary import WORD_END
+from ..frame import Result
 
 COLUMNS = 100
 RIDGE = 0.5
@@ -203,10 +203,10 @@ def measure_verb(model: str, threads: int, pairs: int = PAIRS) -> Result:
 
     With what depends on the checkpoint alone at hand, as the nodes keep it, and without (``first``).
     """
-    from .decompose import _model
+    from ..worlds import load  # here, since all that comes along would change what ``measure_speed`` finds of memory
 
     torch.set_num_threads(threads)
-    loaded = _model(model)
+    loaded = load(model)
     concept, guide = ERASED
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         solve_edit(loaded, concept, cache=Path(folder))
@@ -298,8 +298,6 @@ def _columns(width: int) -> tuple[Tensor, Tensor]:
 
 
 def _rece_seconds(model: Model, folder: Path) -> float:
-    from ..edit import parse_concepts
-
     job = Job(model, parse_concepts("cat"), cache=folder)
     solve = rece(0.1, 3, empty_per_concept=True)
     # Gram and texts are there once it has run.
