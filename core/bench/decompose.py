@@ -60,7 +60,7 @@ ABLATION_DRAWS = range(100, 106)
 """Planted draws of the ablation, none of them judged."""
 ABLATION_DECOYS = (0, 100, DECOYS)
 """Sizes of their dictionaries beside the world's words, in turn."""
-_SHARED = ("decompose.py", "fidelity.py", "mixture.py", "result.py", "shown.py", "sparse.py", "states.py", "task.py", "text.py")
+_SHARED = ("decompose.py", "fidelity.py", "decomposition.py", "mixture.py", "shown.py", "sparse.py", "states.py", "task.py", "text.py")
 _DISTILLED = (*_SHARED, "distilled.py", "search.py", "surrogate.py")
 SOURCES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("distilled", *ABLATIONS), _DISTILLED),

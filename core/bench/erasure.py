@@ -504,7 +504,7 @@ def learned(model: Model, world: World, concept: Concept, edit: ContextEdit | No
     Source: Pham et al., "Circumventing Concept Erasure Methods", arXiv 2308.01508, with the world's own pictures in place of generated
     ones.
     """
-    from ..decompose.result import fill
+    from ..decompose.decomposition import fill
 
     slot = inverted(model, world, concept, edit, steps=counts.learn, seed=0)
     prompt = fill(TEMPLATE, [slot])
@@ -524,7 +524,7 @@ def inverted(model: Model, world: World, concept: Concept, edit: ContextEdit | N
     import numpy as np
     import torch
 
-    from ..decompose.result import fill
+    from ..decompose.decomposition import fill
     from ..demo import render
     from ..vocabulary import WORD_END, embeddings
 

@@ -38,9 +38,9 @@ from torch.nn.functional import cosine_similarity, linear, normalize
 from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
 from ..model import Conditioning, NonFinite, OutOfMemory, UnsupportedModel
 from ..sampling import draw, initial_noise, sample, schedule
+from .decomposition import Decomposition, mix
 from .fidelity import explained, measure, picture_seeds, sampled_states
 from .mixture import Mixture, SimplexDescent, top_k
-from .result import Decomposition, mix
 from .states import States, distances
 from .task import Tally, Task
 
@@ -140,9 +140,9 @@ class Network:
 
         self.parameters = [uniform(width, hidden, width), uniform(width, hidden), uniform(hidden, 1, hidden), uniform(hidden, 1)]
 
-    def __call__(self, words: Tensor) -> Tensor:
+    def __call__(self, embeddings: Tensor) -> Tensor:
         first, first_bias, second, second_bias = self.parameters
-        return linear(linear(words, first, first_bias).relu(), second, second_bias)[:, 0].abs()
+        return linear(linear(embeddings, first, first_bias).relu(), second, second_bias)[:, 0].abs()
 
 
 class _Run:
@@ -173,7 +173,7 @@ class _Run:
         guided = options.sampler_steps * (1 if options.guidance == 1 else 2)
         references = options.references * (guided if pictures else 2 * options.sampler_steps)
         validation = options.references * guided if pictures else options.judged
-        measured = options.heldout * options.measured_steps * (4 + min(self.task.words, len(self.task.pool)))
+        measured = options.heldout * options.measured_steps * (4 + min(self.task.max_words, len(self.task.pool)))
         trained = 3 * options.batch * (options.steps + options.refit)
         trained += (math.ceil(options.steps / options.every) + (options.refit > 0)) * validation
         return options.pictures * guided + references + trained + measured
@@ -341,7 +341,7 @@ class _Run:
     @torch.no_grad()
     def _result(self) -> Decomposition:
         options, task = self.options, self.task
-        chosen, alpha = _sorted(self.mixture, top_k(self.best, task.words))
+        chosen, alpha = _sorted(self.mixture, top_k(self.best, task.max_words))
         best = max(range(len(self.scores)), key=self.scores.__getitem__)
         score, when = self.scores[best], f"at step {min((best + 1) * options.every, options.steps)}"
         if options.refit:
@@ -371,7 +371,7 @@ class _Run:
             heldout_seeds=tuple(self.heldout_seeds),
             settings={name: float(value) for name, value in vars(options).items()},
             candidates=len(self.mixture),
-            attempts=(),
+            restarts=(),
             evals=self.tally.evals,
             calls=self.tally.calls,
             model=self.model.name,

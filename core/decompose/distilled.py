@@ -19,10 +19,10 @@ from torch.nn.functional import normalize
 
 from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
 from ..model import Conditioning, OutOfMemory
+from .decomposition import Decomposition, Restart, fill
 from .fidelity import explained, fidelity, importance, picture_seeds, sampled_states
 from .mixture import Mixture, top_k
-from .result import Attempt, Decomposition, fill
-from .search import Evidence, Search, padded, words_of
+from .search import Evidence, Search, padded, support
 from .shown import Shown, show
 from .sparse import small_nnls
 from .states import States, distances
@@ -106,7 +106,7 @@ class _Progress:
     states: States | None = None
     shown: Shown | None = None
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    attempts: list[tuple[str, float]] = field(default_factory=list)
+    restarts: list[tuple[str, float]] = field(default_factory=list)
     alphas: list[Tensor] = field(default_factory=list)
 
 
@@ -127,12 +127,12 @@ class _Fit:
         self.seeds = picture_seeds(self._generator(0), images)
         space = prompt_space(task)
         pool = Mixture.of(task.model, task.template, task.pool)
-        codes = text_codes(task, space, min(task.words, _START))
-        chosen = shortlist(task, space, options.shown, max(options.searched, task.words))
-        chosen = list(dict.fromkeys([*chosen, *(i for code in codes for i in words_of(code))]))
+        codes = text_codes(task, space, min(task.max_words, _START))
+        chosen = shortlist(task, space, options.shown, max(options.searched, task.max_words))
+        chosen = list(dict.fromkeys([*chosen, *(i for code in codes for i in support(code))]))
         self.mixture, self.codes = pool.choose(torch.tensor(chosen)), [code[chosen] for code in codes]
         self.looked = min(options.shown, len(self.mixture))
-        self.count = min(task.words, len(self.mixture))
+        self.count = min(task.max_words, len(self.mixture))
         self.token: Tensor | None = None
         if task.token is not None:
             self.token = torch.cat([normalize(task.token[name][0].cpu().double(), dim=0) for name in self.mixture.embeddings])
@@ -157,16 +157,16 @@ class _Fit:
             progress.shown = show(self.model, prompts, looked.states, looked.weights, self.tally.report).extended(len(self.mixture))
             self._save()
         judged = self._draw(validation, options.judged, self._generator(1))
-        while not progress.attempts or (max(r2 for _, r2 in progress.attempts) < ENOUGH and len(progress.attempts) <= options.again):
+        while not progress.restarts or (max(r2 for _, r2 in progress.restarts) < ENOUGH and len(progress.restarts) <= options.again):
             alpha, r2 = self._searched(fitted, judged)
-            progress.attempts.append(("linearised again" if progress.attempts else "linearised", r2))
+            progress.restarts.append(("linearised again" if progress.restarts else "linearised", r2))
             progress.alphas.append(alpha)
             self._save()
         return self._finish(validation, states[states.picture >= chooses])
 
     def _finish(self, validation: States, heldout: States) -> Decomposition:
-        options, task, attempts = self.options, self.task, self.progress.attempts
-        kept = max(range(len(attempts)), key=lambda i: attempts[i][1])
+        options, task, restarts = self.options, self.task, self.progress.restarts
+        kept = max(range(len(restarts)), key=lambda i: restarts[i][1])
         alpha = self.progress.alphas[kept]
         chosen, alpha = self.mixture.choose(alpha.nonzero()[:, 0]), alpha[alpha > 0]
         lost = importance(chosen, validation, self.tally.report)
@@ -182,7 +182,7 @@ class _Fit:
             ids=chosen.ids,
             alpha=alpha / alpha.sum(),
             importance=lost,
-            fidelity=replace(measured, fitted=attempts[kept][1]),
+            fidelity=replace(measured, fitted=restarts[kept][1]),
             embeddings=chosen.embeddings,
             norms=chosen.norms,
             method="distilled",
@@ -191,7 +191,7 @@ class _Fit:
             heldout_seeds=tuple(self.seeds[options.pictures + options.validation :]),
             settings={name: float(value) for name, value in vars(options).items()},
             candidates=len(task.pool),
-            attempts=tuple(Attempt(start, r2, kept=i == kept) for i, (start, r2) in enumerate(attempts)),
+            restarts=tuple(Restart(start, r2, kept=i == kept) for i, (start, r2) in enumerate(restarts)),
             evals=evals,
             calls=calls,
             model=self.model.name,
@@ -215,7 +215,7 @@ class _Fit:
         return _Sample(states[picked.to(device)], (count * chance[picked]).clamp_max(1).reciprocal().to(device))
 
     def _searched(self, fitted: States, judged: _Sample) -> tuple[Tensor, float]:
-        """The best weights under the model linearised at the concept, and at the best words of every attempt before, with their R2."""
+        """The best weights under the model linearised at the concept, and at the best words of every restart before, with their R2."""
         progress, known, options = self.progress, len(self.progress.alphas), self.options
         while len(progress.rows) <= known:
             at = self.task.teacher
@@ -237,12 +237,12 @@ class _Fit:
         mixed.add(progress.alphas)
         mixed.run()
         drawn = Search(surrogate, shown, replace(evidence, embedding=0), self.count, self._pulse, found)
-        drawn.add(self._equal(words) for words in shown.first(min(self.count, _START)))
+        drawn.add(self._equal(subset) for subset in shown.first(min(self.count, _START)))
         drawn.run()
         finalists = list(dict.fromkeys([*drawn.best(1), *mixed.best(options.finalists - 1)]))
-        alphas = torch.stack([found[words][0] for words in finalists])
+        alphas = torch.stack([found[subset][0] for subset in finalists])
         r2, told = self._judge(judged, alphas), shown.r2(padded(finalists))
-        sizes = torch.tensor([len(words) for words in finalists])
+        sizes = torch.tensor([len(subset) for subset in finalists])
         best = int(evidence(r2, told, surrogate.cosine(alphas), sizes).argmax())
         alpha, reached = alphas[best], float(r2[best])
         if reached < PLENTY and len(finalists[best]) < self.count:
@@ -250,7 +250,7 @@ class _Fit:
             alone = replace(evidence, predictions=options.fills, shown=0, embedding=0)
             filled = Search(surrogate, shown, alone, self.count, self._pulse, found, kept)
             filled.run()
-            fuller = torch.stack([found[words][0] for words in filled.best(2)])
+            fuller = torch.stack([found[subset][0] for subset in filled.best(2)])
             r2 = self._judge(judged, fuller)
             if float(r2.max()) > reached:
                 alpha, reached = fuller[int(r2.argmax())], float(r2.max())
@@ -261,10 +261,10 @@ class _Fit:
         known = 0.0 if self.token is None else min(options.embedding_count, width)
         return Evidence(len(self.mixture), options.predictions_count, options.shown_count, known)
 
-    def _equal(self, words: tuple[int, ...]) -> Tensor:
+    def _equal(self, subset: tuple[int, ...]) -> Tensor:
         """Equal shares of some words."""
         alpha = torch.zeros(len(self.mixture))
-        alpha[list(words)] = 1 / len(words)
+        alpha[list(subset)] = 1 / len(subset)
         return alpha
 
     def _rows(self, states: States, at: Conditioning, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -356,7 +356,7 @@ class _Fit:
             "model": task.model.name,
             "template": task.template,
             "pool": list(task.pool),
-            "words": task.words,
+            "words": task.max_words,
             "seed": task.seed,
             "size": [task.height, task.width],
             "settings": vars(self.options),
@@ -378,7 +378,7 @@ class _Fit:
             "key": self._key(),
             "shown": progress.shown is not None,
             "linearised": len(progress.rows),
-            "attempts": progress.attempts,
+            "attempts": progress.restarts,
             "evals": self.tally.evals,
             "calls": self.tally.calls,
         }
@@ -394,10 +394,10 @@ class _Fit:
         states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in _STATES})
         at = self.task.teacher.context.device  # where gradients in the conditioning are
         rows = [(tensors[f"rows.{i}"].to(at), tensors[f"offsets.{i}"].to(at)) for i in range(header["linearised"])]
-        attempts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
-        alphas = [tensors[f"alpha.{i}"] for i in range(len(attempts))]
+        restarts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
+        alphas = [tensors[f"alpha.{i}"] for i in range(len(restarts))]
         shown = Shown(tensors["shown"]) if "shown" in tensors else None
-        return _Progress(states, shown, rows, attempts, alphas), int(header["evals"]), int(header["calls"])
+        return _Progress(states, shown, rows, restarts, alphas), int(header["evals"]), int(header["calls"])
 
 
 _STATES = ("x", "sigma", "teacher", "empty", "picture")
@@ -405,15 +405,15 @@ _STATES = ("x", "sigma", "teacher", "empty", "picture")
 
 def _layout(header: Mapping[str, Any]) -> dict[str, Spec]:
     latents: Spec = (torch.float32, (None, None, None, None))
-    linearised, attempts = header["linearised"], len(header["attempts"])
-    if type(linearised) is not int or not 0 <= linearised <= attempts + 1:
-        raise ValueError(f"{linearised!r} linearisations do not go with {attempts} attempts")
+    linearised, restarts = header["linearised"], len(header["attempts"])
+    if type(linearised) is not int or not 0 <= linearised <= restarts + 1:
+        raise ValueError(f"{linearised!r} linearisations do not go with {restarts} restarts")
     layout: dict[str, Spec] = {"shown": (torch.float64, (None, None, None))} if header["shown"] is True else {}
     layout |= {f"states.{name}": latents for name in ("x", "teacher", "empty")}
     layout |= {"states.sigma": (torch.float32, (None,)), "states.picture": (torch.int64, (None,))}
     for index in range(linearised):
         layout |= {f"rows.{index}": (torch.float32, (None, None)), f"offsets.{index}": (torch.float32, (None,))}
-    return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(attempts)}
+    return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(restarts)}
 
 
 def _row(conditioning: Conditioning, index: int) -> Conditioning:

@@ -26,17 +26,17 @@ Select: TypeAlias = Literal["scorer", "r2"]
 class Task:
     """Checked input of a method.
 
-    concept: the word, phrase or slot; ``name``: what to call it. pool: candidate words and their token ids. teacher, empty: the
-    conditioning of the concept's own prompt and of the empty one, batch 1. token: the concept as one token per encoder, (1, width),
-    or None when it is several. height, width: latent cells. excluded: what was kept out of the pool, in one phrase. settings: single
-    settings of the method that replace its budget's.
+    concept: the word, phrase or slot; ``name``: what to call it. max_words: of the result. pool: candidate words and their token ids.
+    teacher, empty: the conditioning of the concept's own prompt and of the empty one, batch 1. token: the concept as one token per
+    encoder, (1, width), or None when it is several. height, width: latent cells. excluded: what was kept out of the pool, in one phrase.
+    settings: single settings of the method that replace its budget's.
     """
 
     model: Model
     concept: str | Slot
     name: str
     template: str
-    words: int
+    max_words: int
     pool: Mapping[str, int]
     excluded: str
     teacher: Conditioning

@@ -189,18 +189,6 @@ class ContextEdit:
             report=None,
         )
 
-    def truncate(
-        self, tolerance: float = 1e-3, *, rank: int = 64, gram: Tensor | None = None, covariance: Tensor | None = None
-    ) -> ContextEdit:
-        """The edit with the fewest columns, at most ``rank``, that loses at most ``tolerance`` of it (see ``LowRank.truncate``).
-
-        gram, covariance: (width, width), of the context's layers and captions. Raises ValueError for an edit that differs by layer.
-        """
-        if self.gains:
-            raise ValueError("an edit that differs from layer to layer cannot be truncated: save it as it is")
-        pooled = None if self.pooled is None else single(self.pooled.truncate(tolerance, rank))
-        return replace(self, context=single(self.context.truncate(tolerance, rank, gram, covariance)), pooled=pooled)
-
     def apply_to_conditioning(self, conditioning: Conditioning) -> Conditioning:
         """The conditioning as the edited weights would read it; the same object for the identity.
 
@@ -231,24 +219,15 @@ class ContextEdit:
         ``down`` is one tensor for all layers. The identity yields nothing. Raises ValueError for weights of another width or a layer the
         edit has gains for and the model has not, UnsupportedModel for quantised weights.
         """
-        for path, _, patch in self._patched(attention):
-            yield path, patch
-
-    def bake(self, attention: CrossAttention) -> Iterator[tuple[str, Tensor]]:
-        """Path and whole new weight of every layer, in its own dtype, one at a time; the identity yields nothing."""
-        for path, weight, patch in self._patched(attention):
-            yield path, (weight.float() + patch.up @ patch.down).to(weight.dtype)
-
-    def _patched(self, attention: CrossAttention) -> Iterator[tuple[str, Tensor, WeightPatch]]:
         missing = set(self.gains)
         if self.rank:
             u, down = self.context.u.float().cpu(), self.context.v.float().cpu().T.contiguous()
-            for path, weight, values in in_single(attention, self.width):
+            for path, _, values in in_single(attention, self.width):
                 up = values @ u
                 if path in self.gains:
                     missing.discard(path)
                     up = up * torch.tensor(self.gains[path])
-                yield path, weight, WeightPatch(up, down)
+                yield path, WeightPatch(up, down)
         if missing:
             raise ValueError(f"the model has no layer {min(missing)}, which the edit is for: use the model family it was solved on")
         if self.pooled is not None and self.pooled.rank:
@@ -258,7 +237,7 @@ class ContextEdit:
             path, weight = layer[0], layer[1].detach().cpu()
             down = torch.zeros(self.pooled.rank, weight.shape[1])
             down[:, : self.pooled.width] = self.pooled.v.float().cpu().T
-            yield path, weight, WeightPatch(weight[:, : self.pooled.width].float() @ self.pooled.u.float().cpu(), down)
+            yield path, WeightPatch(weight[:, : self.pooled.width].float() @ self.pooled.u.float().cpu(), down)
 
     def headline(self) -> str:
         """What matters most of what the edit does, in one short line."""

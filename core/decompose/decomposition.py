@@ -76,7 +76,7 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Restart:
     """One descent of the fit: how it was started, the R2 it reached on the states it was judged by, and whether it was kept."""
 
     start: str
@@ -117,7 +117,7 @@ class Decomposition:
     heldout_seeds: tuple[int, ...]
     settings: Mapping[str, float]
     candidates: int
-    attempts: tuple[Attempt, ...]
+    restarts: tuple[Restart, ...]
     evals: int
     calls: int
     model: str = ""
@@ -388,11 +388,11 @@ class Decomposition:
         return {"alpha": self.alpha, **{f"embeddings.{name}": rows for name, rows in self.embeddings.items()}}
 
     def _header(self) -> Header:
-        left_out = {"alpha", "embeddings", "fidelity", "attempts"}
+        left_out = {"alpha", "embeddings", "fidelity", "restarts"}
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         plain |= {"norms": dict(self.norms), "settings": dict(self.settings), "versions": dict(self.versions)}
         fidelity = None if self.fidelity is None else asdict(self.fidelity)
-        return {"format": FORMAT, "version": VERSION, **plain, "fidelity": fidelity, "attempts": [asdict(a) for a in self.attempts]}
+        return {"format": FORMAT, "version": VERSION, **plain, "fidelity": fidelity, "attempts": [asdict(r) for r in self.restarts]}
 
 
 def _from_version_1(header: Header) -> Header:
@@ -409,7 +409,7 @@ def _layout(header: Header) -> dict[str, Spec]:
 
 def _fields(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The constructor's arguments from an untrusted header, each of its type and of bounded length. Raises as parsing does."""
-    unexpected = set(header) - set(Decomposition.__dataclass_fields__) - {"format", "version"}
+    unexpected = set(header) - set(Decomposition.__dataclass_fields__) - {"format", "version", "attempts"}
     if unexpected:
         raise ValueError(f"unknown entries {', '.join(sorted(unexpected)[:4])}")
     fidelity, importance = header["fidelity"], header["importance"]
@@ -420,7 +420,7 @@ def _fields(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         **{name: _whole(header[name]) for name in ("seed", "candidates", "evals", "calls")},
         "importance": None if importance is None else tuple(_number(n) for n in _list(importance)),
         "fidelity": None if fidelity is None else _fidelity(_mapping(fidelity)),
-        "attempts": tuple(_attempt(_mapping(attempt)) for attempt in _list(header["attempts"])),
+        "restarts": tuple(_restart(_mapping(restart)) for restart in _list(header["attempts"])),
         "clusters": tuple(_texts(cluster) for cluster in _list(header["clusters"])),
         "size": _size(_list(header["size"])),
         "norms": {name: _number(value) for name, value in _mapping(header["norms"]).items()},
@@ -439,8 +439,8 @@ def _fidelity(value: Mapping[str, Any]) -> Fidelity:
     return Fidelity(_number(value["heldout"]), fitted, levels, every_word)
 
 
-def _attempt(value: Mapping[str, Any]) -> Attempt:
-    return Attempt(_text(value["start"]), _number(value["r2"]), _typed(value["kept"], bool))
+def _restart(value: Mapping[str, Any]) -> Restart:
+    return Restart(_text(value["start"]), _number(value["r2"]), _typed(value["kept"], bool))
 
 
 def _size(value: Sequence[Any]) -> tuple[int, int]:
