@@ -28,14 +28,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear, normalize
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
+from ..artifact import Header, Spec
 from ..model import Conditioning, NonFinite, OutOfMemory, UnsupportedModel
 from ..sampling import draw, initial_noise, sample, schedule
 from .decomposition import Decomposition, mix
@@ -44,7 +43,6 @@ from .mixture import Mixture, SimplexDescent, top_k
 from .states import States, distances
 from .task import Tally, Task
 
-_CHECKPOINT, _VERSION = "conceptkit-conceptor-run", 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its running means
 _AT_ONCE = 10
 """Images in memory at once, as published."""
@@ -166,6 +164,7 @@ class _Run:
         width = sum(table.shape[1] for table in task.model.text.tables.values())
         self.network = Network(width, options.hidden, self.generator, self.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters, lr=options.rate, weight_decay=1e-2)
+        self.checkpoint = task.resumable("conceptkit-conceptor-run", 2, options, {}, {"select": task.select})
         self.tally = Tally(task, self._planned())
 
     def _planned(self) -> int:
@@ -180,9 +179,7 @@ class _Run:
 
     def run(self) -> Decomposition:
         options, task = self.options, self.task
-        if task.checkpoint is not None and task.checkpoint.exists():
-            self._resume(task.checkpoint)
-        else:
+        if not self._resumed():
             self.latents, self.seen = self._pictures()
             self.references = self._compared_with()
             self.best = torch.zeros(0)
@@ -203,8 +200,7 @@ class _Run:
         if options.refit:
             self._save()
         found = self._result()
-        if task.checkpoint is not None:
-            discard(task.checkpoint)
+        self.checkpoint.discard()
         return found
 
     @torch.no_grad()
@@ -378,23 +374,7 @@ class _Run:
             selected=f"{how}: {score:.3f} {when}, the best of {len(self.scores) + (options.refit > 0)} validations",
         )
 
-    def _key(self) -> str:
-        """Of what a checkpoint must have been made from to be continued."""
-        task = self.task
-        asked = {
-            "model": task.model.name,
-            "template": task.template,
-            "pool": list(task.pool),
-            "seed": task.seed,
-            "size": [task.height, task.width],
-            "select": task.select,
-            "settings": vars(self.options),
-        }
-        return content_hash({"teacher": task.teacher.context, "empty": task.empty.context}, asked)
-
     def _save(self) -> None:
-        if self.task.checkpoint is None:
-            return
         against = vars(self.references) if isinstance(self.references, States) else {"pictures": self.references}
         tensors = {"latents": self.latents, "seen": self.seen, "best": self.best, "generator": self.generator.get_state()}
         tensors |= {f"references.{name}": tensor for name, tensor in against.items()}
@@ -402,15 +382,14 @@ class _Run:
             state = self.optimizer.state[parameter]
             tensors[f"network.{index}"] = parameter
             tensors |= {f"{name}.{index}": state.get(name, torch.zeros_like(parameter)) for name in _MOMENTS}
-        header = {"step": self.step, "scores": self.scores, "evals": self.tally.evals, "calls": self.tally.calls}
-        identity = {"format": _CHECKPOINT, "version": _VERSION, "key": self._key()}
-        write_spare(self.task.checkpoint, tensors, {**header, **identity})
+        self.checkpoint.save(tensors, {"step": self.step, "scores": self.scores, "evals": self.tally.evals, "calls": self.tally.calls})
 
-    def _resume(self, path: Path) -> None:
-        """Continue where ``path`` says a run stopped. Raises ArtifactError when it cannot be read or is another run's."""
-        tensors, header = read(path, _CHECKPOINT, _VERSION, self._layout)
-        if header["key"] != self._key():
-            raise ArtifactError(f"{path} belongs to a run with other inputs: delete it, or give this run another checkpoint")
+    def _resumed(self) -> bool:
+        """Whether there was a stopped run; if so, this one stands where it stopped."""
+        stopped = self.checkpoint.load(self._layout)
+        if stopped is None:
+            return False
+        tensors, header = stopped
         self.step, self.scores = int(header["step"]), [float(score) for score in header["scores"]]
         self.latents, self.seen, self.best = tensors["latents"], tensors["seen"], tensors["best"]
         self.generator.set_state(tensors["generator"])
@@ -422,18 +401,17 @@ class _Run:
             moments = {name: tensors[f"{name}.{index}"].to(self.device) for name in _MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         self.tally = Tally(self.task, self._planned(), int(header["evals"]), int(header["calls"]))
+        return True
 
     def _layout(self, header: Header) -> dict[str, Spec]:
-        cells = (None, self.task.height, self.task.width)
-        real, rows = torch.float32, 2 * self.options.pictures
-        found: dict[str, Spec] = {"latents": (real, (rows, *cells)), "seen": (real, (None,)), "best": (real, (None,))}
+        real, images = torch.float32, (2 * self.options.pictures, None, self.task.height, self.task.width)
+        found: dict[str, Spec] = {"latents": (real, images), "seen": (real, (None,)), "best": (real, (None,))}
         found["generator"] = (torch.uint8, tuple(self.generator.get_state().shape))
         for index, parameter in enumerate(self.network.parameters):
             found |= {f"{name}.{index}": (real, tuple(parameter.shape)) for name in ("network", *_MOMENTS)}
         if self.task.select == "scorer":
             return found | {"references.pictures": (real, (self.options.references, None))}
-        states: dict[str, Spec] = {f"references.{name}": (real, (None, *cells)) for name in ("x", "teacher", "empty")}
-        return found | states | {"references.sigma": (real, (None,)), "references.picture": (torch.int64, (None,))}
+        return found | States.layout("references.", self.task.height, self.task.width)
 
 
 def target_loss(denoised: Tensor, x0: Tensor, sigma: Tensor, *, velocity: bool) -> Tensor:

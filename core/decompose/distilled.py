@@ -11,13 +11,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
+from ..artifact import Header, Spec
 from ..model import Conditioning, OutOfMemory
 from .decomposition import Decomposition, Restart, fill
 from .fidelity import explained, fidelity, importance, picture_seeds, sampled_states
@@ -140,6 +139,8 @@ class _Fit:
         measuring = options.steps * (options.validation * self.count + options.heldout)
         encoding = len(self.mixture) * _EXPANSIONS
         self.planned = 2 * images * options.steps + options.looked * self.looked + 3 * options.rows + tried + measuring
+        words = {f"words.{name}": rows for name, rows in self.mixture.embeddings.items()}
+        self.checkpoint = task.resumable(_CHECKPOINT, 2, options, words, {"words": task.max_words})
         self.progress, evals, calls = self._resume()
         self.tally = Tally(task, self.planned, evals, calls, prompts=encoding)
 
@@ -172,8 +173,7 @@ class _Fit:
         lost = importance(chosen, validation, self.tally.report)
         measured = fidelity(chosen, alpha, heldout, self.tally.report)
         evals, calls = self.tally.evals, self.tally.calls
-        if task.checkpoint is not None:
-            discard(task.checkpoint)
+        self.checkpoint.discard()
         self.tally.finish({"r2": measured.heldout})
         return Decomposition(
             concept=task.name,
@@ -344,28 +344,7 @@ class _Fit:
         self.model.before_call()
         self.tally.report()
 
-    def _key(self) -> str:
-        """What a checkpoint must have been made from to be continued."""
-        task = self.task
-        tensors = {
-            "teacher": task.teacher.context,
-            "empty": task.empty.context,
-            **{f"words.{n}": e for n, e in self.mixture.embeddings.items()},
-        }
-        asked = {
-            "model": task.model.name,
-            "template": task.template,
-            "pool": list(task.pool),
-            "words": task.max_words,
-            "seed": task.seed,
-            "size": [task.height, task.width],
-            "settings": vars(self.options),
-        }
-        return content_hash(tensors, asked)
-
     def _save(self) -> None:
-        if self.task.checkpoint is None:
-            return
         progress = self.progress
         tensors = {} if progress.shown is None else {"shown": progress.shown.gram}
         tensors |= {} if progress.states is None else {f"states.{name}": tensor for name, tensor in vars(progress.states).items()}
@@ -373,25 +352,20 @@ class _Fit:
             tensors |= {f"rows.{index}": rows, f"offsets.{index}": offsets}
         tensors |= {f"alpha.{index}": alpha for index, alpha in enumerate(progress.alphas)}
         header: Header = {
-            "format": _CHECKPOINT,
-            "version": 2,
-            "key": self._key(),
             "shown": progress.shown is not None,
             "linearised": len(progress.rows),
             "attempts": progress.restarts,
             "evals": self.tally.evals,
             "calls": self.tally.calls,
         }
-        write_spare(self.task.checkpoint, tensors, header)
+        self.checkpoint.save(tensors, header)
 
     def _resume(self) -> tuple[_Progress, int, int]:
-        path = self.task.checkpoint
-        if path is None or not path.exists():
+        stopped = self.checkpoint.load(_layout)
+        if stopped is None:
             return _Progress(), 0, 0
-        tensors, header = read(path, _CHECKPOINT, 2, _layout)
-        if header["key"] != self._key():
-            raise ArtifactError(f"{path} belongs to another decomposition: choose another checkpoint file, or delete it to start afresh")
-        states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in _STATES})
+        tensors, header = stopped
+        states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in States.layout("")})
         at = self.task.teacher.context.device  # where gradients in the conditioning are
         rows = [(tensors[f"rows.{i}"].to(at), tensors[f"offsets.{i}"].to(at)) for i in range(header["linearised"])]
         restarts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
@@ -400,17 +374,12 @@ class _Fit:
         return _Progress(states, shown, rows, restarts, alphas), int(header["evals"]), int(header["calls"])
 
 
-_STATES = ("x", "sigma", "teacher", "empty", "picture")
-
-
-def _layout(header: Mapping[str, Any]) -> dict[str, Spec]:
-    latents: Spec = (torch.float32, (None, None, None, None))
+def _layout(header: Header) -> dict[str, Spec]:
     linearised, restarts = header["linearised"], len(header["attempts"])
     if type(linearised) is not int or not 0 <= linearised <= restarts + 1:
         raise ValueError(f"{linearised!r} linearisations do not go with {restarts} restarts")
     layout: dict[str, Spec] = {"shown": (torch.float64, (None, None, None))} if header["shown"] is True else {}
-    layout |= {f"states.{name}": latents for name in ("x", "teacher", "empty")}
-    layout |= {"states.sigma": (torch.float32, (None,)), "states.picture": (torch.int64, (None,))}
+    layout |= States.layout("states.")
     for index in range(linearised):
         layout |= {f"rows.{index}": (torch.float32, (None, None)), f"offsets.{index}": (torch.float32, (None,))}
     return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(restarts)}

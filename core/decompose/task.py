@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from ..artifact import Checkpoint, Header
 from ..model import Conditioning, Model, Slot
 from ..progress import OnStep, silent
 
@@ -61,6 +62,13 @@ class Task:
         if unknown:
             raise ValueError(f"this method has no setting {', '.join(unknown)}: choose from {', '.join(known)}")
         return replace(chosen, **self.settings)
+
+    def resumable(self, format: str, version: int, settings: DataclassInstance, tensors: Mapping[str, Tensor], asked: Header) -> Checkpoint:
+        """The checkpoint of a run of this task with a method's ``settings``. tensors, asked: what else its result depends on."""
+        own = {"teacher": self.teacher.context, "empty": self.empty.context}
+        size = [self.height, self.width]
+        base = {"model": self.model.name, "template": self.template, "pool": list(self.pool), "seed": self.seed, "size": size}
+        return Checkpoint(self.checkpoint, format, version, {**own, **tensors}, {**base, "settings": vars(settings), **asked})
 
 
 class Tally:
