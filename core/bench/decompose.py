@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -23,7 +23,10 @@ from ..demo.world import World, second_world, shapes_world
 from .frame import Bar, Job, Profile, Result
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..decompose import Decomposition
+    from ..decompose.states import States
     from ..model import Conditioning, Model
 
 Set: TypeAlias = Literal["planted", "planted_exact", "natural", "natural_decoys", "natural_ablation"]
@@ -329,6 +332,7 @@ def measure_oracle(model: str, world: str, word: str, pictures: int) -> Result:
 
     from ..decompose.mixture import Mixture, SimplexDescent
     from ..decompose.states import harvest
+    from ..gradient import vjp
     from ..vocabulary import WORD_END
 
     loaded, known = _model(model), WORLDS[world]()
@@ -340,13 +344,16 @@ def measure_oracle(model: str, world: str, word: str, pictures: int) -> Result:
     seeds = range(_ORACLE_SEED + 5_000, _ORACLE_SEED + 5_008)
     states = harvest(loaded, teacher, empty, seeds, height=cells, width=cells, steps=STEPS, guidance=_guidance())
     related = torch.tensor([float(w in known.words[word].related) for w in words])
+
+    def missed(alpha: Tensor, batch: States, rows: slice) -> Tensor:
+        part = batch[rows]
+        return part.distance(loaded.denoise(part.x, part.sigma, mixture.encode(alpha[None]))) / len(batch)
+
     descent = SimplexDescent(0.8 * related / related.sum() + 0.2 / len(words), ORACLE, rate=0.05)
     for _ in range(ORACLE):
         batch = states[torch.randint(len(states), (8,), generator=generator)]
         alpha = descent.alpha.requires_grad_()
-        with torch.enable_grad():
-            loss = batch.distance(loaded.denoise(batch.x, batch.sigma, mixture.encode(alpha[None]))).mean()
-        descent.step(torch.autograd.grad(loss, alpha)[0])
+        descent.step(vjp(partial(missed, alpha, batch), [alpha], len(batch))[1][0])
     with torch.no_grad():
         found = mixture.encode(descent.alpha[None])
     (r2,) = fidelity(loaded, teacher, [found], _FIDELITY_SEED)

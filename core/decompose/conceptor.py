@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear, normalize
 
 from ..artifact import Header, Spec
-from ..model import Conditioning, NonFinite, OutOfMemory, UnsupportedModel
+from ..gradient import vjp
+from ..model import Conditioning, NonFinite, UnsupportedModel
 from ..sampling import draw, initial_noise, sample, schedule
 from .decomposition import Decomposition, mix
 from .fidelity import explained, measure, picture_seeds, sampled_states
@@ -277,15 +278,15 @@ class _Run:
 
     def _train(self, features: Tensor) -> None:
         """One step on the model's own target plus sparsity * (1 - cos(w*, w*_N)), w* summing the ``kept`` strongest words alone."""
-        options = self.options
+        options, missed = self.options, self._minibatch(self.mixture)
 
-        def loss() -> Tensor:
+        def loss(rows: slice) -> Tensor:
             alpha = self.network(features)
             whole, top = (
                 mix(self.mixture.embeddings, self.mixture.norms, weights[None]) for weights in (alpha, top_k(alpha, options.kept))
             )
             alike = torch.stack([cosine_similarity(whole[name].flatten(), top[name].flatten(), dim=0).cpu() for name in whole]).mean()
-            return self._reconstruction(self.mixture, alpha) + options.sparsity * (1 - alike).to(self.device)
+            return missed(alpha, rows) + options.sparsity * (1 - alike).to(self.device)
 
         for parameter, gradient in zip(self.network.parameters, self._gradients(loss, self.network.parameters), strict=True):
             parameter.grad = gradient
@@ -296,29 +297,29 @@ class _Run:
         descent = SimplexDescent(alpha, self.options.refit, self.options.refit_rate)
         for _ in range(self.options.refit):
             weights = descent.alpha.requires_grad_()
-            descent.step(self._gradients(partial(self._reconstruction, mixture, weights), [weights])[0])
+            descent.step(self._gradients(partial(self._minibatch(mixture), weights), [weights])[0])
         return descent.alpha.detach()
 
-    def _reconstruction(self, mixture: Mixture, alpha: Tensor) -> Tensor:
-        """What ``alpha`` misses of a fresh minibatch: images, noise levels and noise from the generator."""
+    def _minibatch(self, mixture: Mixture) -> Callable[[Tensor, slice], Tensor]:
+        """What alpha misses of some rows of a fresh minibatch: images, noise levels and noise from the generator."""
         denoiser, batch = self.model.denoiser, self.options.batch
         x0 = self.latents[torch.randint(len(self.latents), (batch,), generator=self.generator)]
         sigma = denoiser.training_sigmas[torch.randint(len(denoiser.training_sigmas), (batch,), generator=self.generator)]
         noise = torch.randn(x0.shape, generator=self.generator)
         x0, sigma, noise = (tensor.to(self.device) for tensor in (x0, sigma, noise))
-        denoised = self.model.denoise(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, mixture.encode(alpha[None]))
-        return target_loss(denoised, x0, sigma, velocity=self.model.predicts_velocity)
 
-    def _gradients(self, loss: Callable[[], Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        try:
-            with torch.enable_grad():
-                value = loss()
-            gradients = torch.autograd.grad(value, inputs)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"training on {self.options.batch} images at once does not fit in memory: use a smaller size, or free memory first"
-            ) from error
-        self.tally.report({"loss": float(value.detach())})
+        def missed(alpha: Tensor, rows: slice) -> Tensor:
+            x = x0[rows] + sigma[rows].view(-1, 1, 1, 1) * noise[rows]
+            denoised = self.model.denoise(x, sigma[rows], mixture.encode(alpha[None]))
+            return target_loss(denoised, x0[rows], sigma[rows], velocity=self.model.predicts_velocity)
+
+        return missed
+
+    def _gradients(self, loss: Callable[[slice], Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of the mean ``loss`` of a minibatch's rows."""
+        batch = self.options.batch
+        values, gradients = vjp(lambda rows: loss(rows) * ((rows.stop - rows.start) / batch), inputs, batch)
+        self.tally.report({"loss": float(values.sum())})
         return gradients
 
     @torch.no_grad()

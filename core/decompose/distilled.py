@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from types import MappingProxyType
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..artifact import Header, Spec
-from ..model import Conditioning, OutOfMemory
+from ..gradient import vjp
+from ..model import Conditioning
 from .decomposition import Decomposition, Restart, fill
 from .fidelity import explained, fidelity, importance, picture_seeds, sampled_states
 from .mixture import Mixture, top_k
@@ -288,25 +290,18 @@ class _Fit:
         return torch.cat(rows), torch.cat(offsets)
 
     def _projected(self, states: States, signs: Tensor, at: Conditioning) -> tuple[Tensor, Tensor]:
-        """Gradients (n, size) in the conditioning, and values (n,), of each state's residual along ``signs``; halved while too large."""
-        size = len(states)
-        variable = at.map(lambda t: t.detach().expand(size, *t.shape[1:]).clone().requires_grad_())
-        try:
-            with torch.enable_grad():
-                x0 = self.model.denoise(states.x, states.sigma, variable)
-                projected = ((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1) * signs).flatten(1).sum(1)
-            inputs = [variable.context] if variable.pooled is None else [variable.context, variable.pooled]
-            gradients = torch.autograd.grad(projected.sum(), inputs)
-        except (OutOfMemory, torch.OutOfMemoryError) as error:
-            if size == 1:
-                raise OutOfMemory(
-                    "a gradient through the model does not fit in memory even for one picture: use smaller pictures, or free memory first"
-                ) from error
-        else:
-            row = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
-            return row, projected.detach().float().to(row.device)
-        halves = [self._projected(states[part], signs[part], at) for part in (slice(None, size // 2), slice(size // 2, None))]
-        return torch.cat([row for row, _ in halves]), torch.cat([value for _, value in halves])
+        """Gradients (n, size) in the conditioning, and values (n,), of each state's residual along ``signs``."""
+        variable = at.map(lambda t: t.detach().expand(len(states), *t.shape[1:]).clone().requires_grad_())
+
+        def projected(rows: slice) -> Tensor:
+            part = states[rows]
+            x0 = self.model.denoise(part.x, part.sigma, variable.map(itemgetter(rows)))
+            return ((x0 - part.teacher) / part.sigma.view(-1, 1, 1, 1) * signs[rows]).flatten(1).sum(1)
+
+        inputs = [variable.context] if variable.pooled is None else [variable.context, variable.pooled]
+        values, gradients = vjp(projected, inputs, len(states))
+        row = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
+        return row, values.float().to(row.device)
 
     def _judge(self, sample: _Sample, alphas: Tensor) -> Tensor:
         """R2 of each row of alphas (n, words) by a sample of states, (n,): an eval a row and state."""

@@ -492,7 +492,7 @@ def test_a_gradient_too_large_for_memory_is_taken_in_parts() -> None:
     found = take_apart(Model("sd1", "analytic", text, narrow), "wab")  # type: ignore[arg-type]
     assert found.words == take_apart(world(), "wab").words
     narrow.room = 0
-    with pytest.raises(OutOfMemory, match="smaller pictures"):
+    with pytest.raises(OutOfMemory, match="smaller images"):
         take_apart(Model("sd1", "analytic", text, narrow), "wab")  # type: ignore[arg-type]
 
 
