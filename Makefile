@@ -23,7 +23,7 @@ unit: $(VENV)/.dev .dev/conceptkit
 # What is bit-equal here may not be where MKL takes another path: these tests run once more on the one it has for every processor.
 laws: $(VENV)/.dev .dev/conceptkit
 	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 $(VENV)/bin/pytest -c tests/pytest.ini -m law \
-		tests/unit_core/test_edit.py tests/unit_core/test_methods.py tests/unit_core/test_result.py
+		tests/unit_core/test_edit.py tests/unit_core/test_methods.py tests/unit_core/test_decomposition.py
 
 check: $(VENV)/.dev .dev/conceptkit
 	$(VENV)/bin/ruff check .

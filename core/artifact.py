@@ -12,9 +12,13 @@ import logging
 import math
 import os
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NoReturn, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +28,10 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+N = TypeVar("N", bound="Noun")
+
+Setting: TypeAlias = float | str | bool
+"""A value of a method's settings."""
 
 KEY = "conceptkit"
 """The one metadata key."""
@@ -53,6 +61,8 @@ _DTYPES = {
 
 _DIGITS = 300
 """Whole numbers of more do not become floating-point numbers."""
+_TEXT, _LIST = 4096, 65536
+"""The longest text and the longest list that a noun's header may hold."""
 
 
 class ArtifactError(ValueError):
@@ -175,6 +185,225 @@ def read(
             return _tensors(path, file, _understood(path, layout, header)), header
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged or no safetensors file ({error}): copy it again, or make it again") from error
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Provenance:
+    """Where a result comes from: all that is needed to make it again.
+
+    model: the name of the model, or the hash of the weights that were read. method, settings: as the verb was called, with every default
+    filled in. seed: of all randomness. evals: model evaluations spent (a forward and backward counts 3), calls: batched forwards.
+    """
+
+    model: str = ""
+    method: str = ""
+    seed: int = 0
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    evals: int = 0
+    calls: int = 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Noun(Provenance, ABC):
+    """Base of what verbs return: a frozen dataclass that saves, loads, moves and hashes itself.
+
+    A noun names its ``FORMAT``, ``VERSION`` and ``MIGRATIONS`` (as `read` takes them), and in ``TENSORS`` the fields that hold tensors: one
+    tensor, a mapping of them, a dataclass of them, or None. These are row-major from the start, as a file gives them back. ``UNHASHED``
+    are header entries that make no other result, with what the hash takes for them.
+    """
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = MappingProxyType({})
+    TENSORS: ClassVar[tuple[str, ...]]
+    UNHASHED: ClassVar[Header] = {}
+
+    def __post_init__(self) -> None:
+        for name in self.TENSORS:
+            object.__setattr__(self, name, _each(row_major, getattr(self, name)))
+
+    @abstractmethod
+    def _content(self) -> Header:
+        """The header but for format and version."""
+
+    @classmethod
+    @abstractmethod
+    def _layout(cls, header: Header) -> Mapping[str, Spec]:
+        """The tensors that go with an untrusted header."""
+
+    @classmethod
+    @abstractmethod
+    def _from(cls: type[N], header: Header, tensors: Mapping[str, Tensor]) -> N:
+        """The noun of an untrusted header, read by ``as_text`` and its like; raises as those do."""
+
+    def _header(self) -> Header:
+        return {"format": self.FORMAT, "version": self.VERSION, **self._content()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Tensors under the names of their fields and, after a dot, of what is in these."""
+        return {name: tensor for held in self.TENSORS for name, tensor in _named(held, getattr(self, held)).items()}
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write it as an artifact; ``load`` gives it back bit for bit. Raises ArtifactError as `write` does.
+
+        An equal result that is there already stays as it is, whatever versions made it.
+        """
+        if overwrite or not self._lies_at(Path(path)):
+            write(path, self._tensors(), self._header(), overwrite=overwrite)
+
+    def _lies_at(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        try:
+            return type(self).load(path).content_hash() == self.content_hash()
+        except ArtifactError:
+            return False
+
+    @classmethod
+    def load(cls: type[N], path: str | Path) -> N:
+        """Read what ``save`` wrote, on the CPU. The file is untrusted: raises ArtifactError, naming it, for anything amiss in it."""
+        tensors, header = read(path, cls.FORMAT, cls.VERSION, cls._layout, cls.MIGRATIONS)
+        found = _understood(Path(path), lambda header: cls._from(header, tensors), header)
+        unknown = header.keys() ^ found._header().keys()
+        if unknown:
+            names = ", ".join(repr(name[:80]) for name in sorted(unknown)[:4])
+            raise ArtifactError(
+                f"{path} has entries that {cls.FORMAT} version {cls.VERSION} has not, or lacks some ({names}): make it again"
+            )
+        return found
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of all that it is, but for ``UNHASHED``: equal results have equal hashes."""
+        return content_hash(self._tensors(), {**self._header(), **self.UNHASHED})
+
+    def to(self: N, device: torch.device | str) -> N:
+        """The same with its tensors on ``device``."""
+        return replace(self, **{name: _each(lambda tensor: tensor.to(device), getattr(self, name)) for name in self.TENSORS})
+
+
+class Checkpoint:
+    """A file in which a verb keeps what it has paid for, so that a stopped run goes on from it to the result it would have had.
+
+    path: None keeps nothing. tensors, asked: what the run was made from; a file of other inputs is refused.
+    """
+
+    def __init__(self, path: Path | None, format: str, version: int, tensors: Mapping[str, Tensor], asked: Header) -> None:
+        self.path, self._format, self._version = path, format, version
+        self._tensors, self._asked = tensors, asked
+
+    @cached_property
+    def _key(self) -> str:
+        return content_hash(self._tensors, self._asked)
+
+    def save(self, tensors: Mapping[str, Tensor], header: Header) -> None:
+        """Keep the state of the run, in place of any before. A disk that refuses it is a warning in the log."""
+        if self.path is not None:
+            write_spare(self.path, tensors, {**header, "format": self._format, "version": self._version, "key": self._key})
+
+    def load(self, layout: Layout) -> tuple[dict[str, Tensor], Header] | None:
+        """The state of a stopped run, or None. Raises ArtifactError for a file that cannot be read or is another run's."""
+        if self.path is None or not self.path.exists():
+            return None
+        tensors, header = read(self.path, self._format, self._version, layout)
+        if header.get("key") != self._key:
+            raise ArtifactError(f"{self.path} belongs to a run with other inputs: delete it, or give this run another checkpoint")
+        return tensors, header
+
+    def discard(self) -> None:
+        """Delete the file: the run is done."""
+        if self.path is not None:
+            discard(self.path)
+
+
+def as_text(value: Any) -> str:
+    """``value``, of an untrusted header, as a text of bounded length. This and the following raise TypeError or ValueError otherwise."""
+    if len(_typed(value, str)) > _TEXT:
+        raise ValueError(f"a text of {len(value)} characters is too long")
+    return value
+
+
+def as_flag(value: Any) -> bool:
+    """True or false."""
+    return _typed(value, bool)
+
+
+def as_whole(value: Any, largest: int = 2**64 - 1) -> int:
+    """A whole number from 0 to ``largest``."""
+    if not 0 <= _typed(value, int) <= largest:
+        raise ValueError(f"a whole number is not between 0 and {largest}")
+    return value
+
+
+def as_number(value: Any) -> float:
+    """A number that can be computed with."""
+    if type(value) not in (int, float) or not abs(value) <= 1e300:
+        raise TypeError(f"{str(value)[:40]!r} is no finite number")
+    return float(value)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of bounded length."""
+    if len(_typed(value, list)) > _LIST:
+        raise ValueError(f"a list of {len(value)} entries is too long")
+    return value
+
+
+def as_texts(value: Any) -> tuple[str, ...]:
+    """A list of texts."""
+    return tuple(as_text(text) for text in as_list(value))
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """A mapping of bounded size."""
+    if len(_typed(value, dict)) > _LIST or any(len(name) > _TEXT for name in value):
+        raise ValueError("a mapping is too large")
+    return value
+
+
+def as_settings(value: Any) -> dict[str, Setting]:
+    """The settings of a method, of the types they were stored in."""
+    found = as_mapping(value)
+    for setting in found.values():
+        if not isinstance(setting, bool):
+            as_text(setting) if isinstance(setting, str) else as_number(setting)
+    return found
+
+
+def as_provenance(header: Header) -> dict[str, Any]:
+    """Of the fields of `Provenance`, those that a format stores."""
+    readers: dict[str, Callable[[Any], Any]] = {
+        "model": as_text,
+        "method": as_text,
+        "seed": as_whole,
+        "settings": as_settings,
+        "evals": as_whole,
+        "calls": as_whole,
+    }
+    return {name: reader(header[name]) for name, reader in readers.items() if name in header}
+
+
+def _typed(value: Any, kind: type[T]) -> T:
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
+    return value
+
+
+def _each(function: Callable[[Tensor], Tensor], held: Any) -> Any:
+    """What a noun's field holds with ``function`` applied to each tensor."""
+    if held is None or isinstance(held, Tensor):
+        return None if held is None else function(held)
+    moved = {name: function(tensor) for name, tensor in _parts_of(held).items()}
+    return moved if isinstance(held, Mapping) else replace(held, **moved)
+
+
+def _named(name: str, held: Any) -> dict[str, Tensor]:
+    if held is None or isinstance(held, Tensor):
+        return {} if held is None else {name: held}
+    return {f"{name}.{part}": tensor for part, tensor in _parts_of(held).items()}
+
+
+def _parts_of(held: Any) -> Mapping[str, Tensor]:
+    return held if isinstance(held, Mapping) else vars(held)
 
 
 def _header(path: Path, metadata: Mapping[str, str] | None) -> Header:

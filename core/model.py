@@ -37,10 +37,13 @@ class OutOfMemory(RuntimeError):
     """A call did not fit in memory even at the smallest batch."""
 
 
-def in_chunks(work: Callable[[Tensor], Tensor], rows: Tensor, size: int, what: str) -> Tensor:
-    """``work`` on ``size`` rows (n, ...) at a time, put together; on half as many from where these do not fit in memory on.
+def in_chunks(work: Callable[[Tensor], Tensor], rows: Tensor, size: int, what: str, advice: str = "free memory first") -> Tensor:
+    """``work`` on ``size`` rows at a time, concatenated; on half as many from where these do not fit in memory on.
 
-    Raises OutOfMemory, which says ``what`` does not fit, where one row is too much.
+    work: rows (size, ...) to a result for each. It is called again with fewer of them where it raises OutOfMemory or torch's.
+    rows: (n, ...).
+    size: of a first call. A larger one is faster and takes more memory.
+    what, advice: of the OutOfMemory that is raised where one row is too much: what does not fit, and what to do about it.
     """
     parts, start = [], 0
     while start < len(rows):
@@ -48,7 +51,7 @@ def in_chunks(work: Callable[[Tensor], Tensor], rows: Tensor, size: int, what: s
             parts.append(work(rows[start : start + size]))
         except (OutOfMemory, torch.OutOfMemoryError) as error:
             if size == 1:
-                raise OutOfMemory(f"{what} does not fit in memory: free memory first") from error
+                raise OutOfMemory(f"{what} does not fit in memory: {advice}") from error
             size = max(1, min(size, len(rows) - start) // 2)
         else:
             start += size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..decompose.result import fill, mix
+from ..decompose.decomposition import fill, mix
 from ..model import Conditioning, Model, Slot, TextEncoder
 from ..vocabulary import WORD_END, embeddings
 

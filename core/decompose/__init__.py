@@ -1,7 +1,7 @@
 """Taking a concept apart into a few weighted vocabulary words."""
 
 from .decompose import METHODS, decompose_concept
+from .decomposition import Decomposition, Fidelity, LevelR2, Restart
 from .distilled import Settings
-from .result import Attempt, Decomposition, Fidelity, LevelR2
 
-__all__ = ["METHODS", "Attempt", "Decomposition", "Fidelity", "LevelR2", "Settings", "decompose_concept"]
+__all__ = ["METHODS", "Decomposition", "Fidelity", "LevelR2", "Restart", "Settings", "decompose_concept"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ..model import TextEncoder
 from ..phrases import Adjustment, parse_adjustments
 from ..vocabulary import token_of
-from .result import Decomposition
+from .decomposition import Decomposition
 
 __all__ = ["Adjustment", "adjust", "parse_adjustments"]
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..model import TextEncoder
-from .result import fill
+from .decomposition import fill
 
 SYNONYM = 0.9
 """Cosine of two words' conditionings from which they count as interchangeable."""

@@ -28,23 +28,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, linear, normalize
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
-from ..model import Conditioning, NonFinite, OutOfMemory, UnsupportedModel
+from ..artifact import Header, Spec
+from ..gradient import vjp
+from ..model import Conditioning, NonFinite, UnsupportedModel
 from ..sampling import draw, initial_noise, sample, schedule
+from .decomposition import Decomposition, mix
 from .fidelity import explained, measure, picture_seeds, sampled_states
 from .mixture import Mixture, SimplexDescent, top_k
-from .result import Decomposition, mix
 from .states import States, distances
 from .task import Tally, Task
 
-_CHECKPOINT, _VERSION = "conceptkit-conceptor-run", 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's own names for its running means
 _AT_ONCE = 10
 """Images in memory at once, as published."""
@@ -140,9 +139,9 @@ class Network:
 
         self.parameters = [uniform(width, hidden, width), uniform(width, hidden), uniform(hidden, 1, hidden), uniform(hidden, 1)]
 
-    def __call__(self, words: Tensor) -> Tensor:
+    def __call__(self, embeddings: Tensor) -> Tensor:
         first, first_bias, second, second_bias = self.parameters
-        return linear(linear(words, first, first_bias).relu(), second, second_bias)[:, 0].abs()
+        return linear(linear(embeddings, first, first_bias).relu(), second, second_bias)[:, 0].abs()
 
 
 class _Run:
@@ -166,6 +165,7 @@ class _Run:
         width = sum(table.shape[1] for table in task.model.text.tables.values())
         self.network = Network(width, options.hidden, self.generator, self.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters, lr=options.rate, weight_decay=1e-2)
+        self.checkpoint = task.resumable("conceptkit-conceptor-run", 2, options, {}, {"select": task.select})
         self.tally = Tally(task, self._planned())
 
     def _planned(self) -> int:
@@ -173,16 +173,14 @@ class _Run:
         guided = options.sampler_steps * (1 if options.guidance == 1 else 2)
         references = options.references * (guided if pictures else 2 * options.sampler_steps)
         validation = options.references * guided if pictures else options.judged
-        measured = options.heldout * options.measured_steps * (4 + min(self.task.words, len(self.task.pool)))
+        measured = options.heldout * options.measured_steps * (4 + min(self.task.max_words, len(self.task.pool)))
         trained = 3 * options.batch * (options.steps + options.refit)
         trained += (math.ceil(options.steps / options.every) + (options.refit > 0)) * validation
         return options.pictures * guided + references + trained + measured
 
     def run(self) -> Decomposition:
         options, task = self.options, self.task
-        if task.checkpoint is not None and task.checkpoint.exists():
-            self._resume(task.checkpoint)
-        else:
+        if not self._resumed():
             self.latents, self.seen = self._pictures()
             self.references = self._compared_with()
             self.best = torch.zeros(0)
@@ -203,8 +201,7 @@ class _Run:
         if options.refit:
             self._save()
         found = self._result()
-        if task.checkpoint is not None:
-            discard(task.checkpoint)
+        self.checkpoint.discard()
         return found
 
     @torch.no_grad()
@@ -281,15 +278,15 @@ class _Run:
 
     def _train(self, features: Tensor) -> None:
         """One step on the model's own target plus sparsity * (1 - cos(w*, w*_N)), w* summing the ``kept`` strongest words alone."""
-        options = self.options
+        options, missed = self.options, self._minibatch(self.mixture)
 
-        def loss() -> Tensor:
+        def loss(rows: slice) -> Tensor:
             alpha = self.network(features)
             whole, top = (
                 mix(self.mixture.embeddings, self.mixture.norms, weights[None]) for weights in (alpha, top_k(alpha, options.kept))
             )
             alike = torch.stack([cosine_similarity(whole[name].flatten(), top[name].flatten(), dim=0).cpu() for name in whole]).mean()
-            return self._reconstruction(self.mixture, alpha) + options.sparsity * (1 - alike).to(self.device)
+            return missed(alpha, rows) + options.sparsity * (1 - alike).to(self.device)
 
         for parameter, gradient in zip(self.network.parameters, self._gradients(loss, self.network.parameters), strict=True):
             parameter.grad = gradient
@@ -300,29 +297,29 @@ class _Run:
         descent = SimplexDescent(alpha, self.options.refit, self.options.refit_rate)
         for _ in range(self.options.refit):
             weights = descent.alpha.requires_grad_()
-            descent.step(self._gradients(partial(self._reconstruction, mixture, weights), [weights])[0])
+            descent.step(self._gradients(partial(self._minibatch(mixture), weights), [weights])[0])
         return descent.alpha.detach()
 
-    def _reconstruction(self, mixture: Mixture, alpha: Tensor) -> Tensor:
-        """What ``alpha`` misses of a fresh minibatch: images, noise levels and noise from the generator."""
+    def _minibatch(self, mixture: Mixture) -> Callable[[Tensor, slice], Tensor]:
+        """What alpha misses of some rows of a fresh minibatch: images, noise levels and noise from the generator."""
         denoiser, batch = self.model.denoiser, self.options.batch
         x0 = self.latents[torch.randint(len(self.latents), (batch,), generator=self.generator)]
         sigma = denoiser.training_sigmas[torch.randint(len(denoiser.training_sigmas), (batch,), generator=self.generator)]
         noise = torch.randn(x0.shape, generator=self.generator)
         x0, sigma, noise = (tensor.to(self.device) for tensor in (x0, sigma, noise))
-        denoised = self.model.denoise(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, mixture.encode(alpha[None]))
-        return target_loss(denoised, x0, sigma, velocity=self.model.predicts_velocity)
 
-    def _gradients(self, loss: Callable[[], Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        try:
-            with torch.enable_grad():
-                value = loss()
-            gradients = torch.autograd.grad(value, inputs)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"training on {self.options.batch} images at once does not fit in memory: use a smaller size, or free memory first"
-            ) from error
-        self.tally.report({"loss": float(value.detach())})
+        def missed(alpha: Tensor, rows: slice) -> Tensor:
+            x = x0[rows] + sigma[rows].view(-1, 1, 1, 1) * noise[rows]
+            denoised = self.model.denoise(x, sigma[rows], mixture.encode(alpha[None]))
+            return target_loss(denoised, x0[rows], sigma[rows], velocity=self.model.predicts_velocity)
+
+        return missed
+
+    def _gradients(self, loss: Callable[[slice], Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Of the mean ``loss`` of a minibatch's rows."""
+        batch = self.options.batch
+        values, gradients = vjp(lambda rows: loss(rows) * ((rows.stop - rows.start) / batch), inputs, batch)
+        self.tally.report({"loss": float(values.sum())})
         return gradients
 
     @torch.no_grad()
@@ -341,7 +338,7 @@ class _Run:
     @torch.no_grad()
     def _result(self) -> Decomposition:
         options, task = self.options, self.task
-        chosen, alpha = _sorted(self.mixture, top_k(self.best, task.words))
+        chosen, alpha = _sorted(self.mixture, top_k(self.best, task.max_words))
         best = max(range(len(self.scores)), key=self.scores.__getitem__)
         score, when = self.scores[best], f"at step {min((best + 1) * options.every, options.steps)}"
         if options.refit:
@@ -371,30 +368,14 @@ class _Run:
             heldout_seeds=tuple(self.heldout_seeds),
             settings={name: float(value) for name, value in vars(options).items()},
             candidates=len(self.mixture),
-            attempts=(),
+            restarts=(),
             evals=self.tally.evals,
             calls=self.tally.calls,
             model=self.model.name,
             selected=f"{how}: {score:.3f} {when}, the best of {len(self.scores) + (options.refit > 0)} validations",
         )
 
-    def _key(self) -> str:
-        """Of what a checkpoint must have been made from to be continued."""
-        task = self.task
-        asked = {
-            "model": task.model.name,
-            "template": task.template,
-            "pool": list(task.pool),
-            "seed": task.seed,
-            "size": [task.height, task.width],
-            "select": task.select,
-            "settings": vars(self.options),
-        }
-        return content_hash({"teacher": task.teacher.context, "empty": task.empty.context}, asked)
-
     def _save(self) -> None:
-        if self.task.checkpoint is None:
-            return
         against = vars(self.references) if isinstance(self.references, States) else {"pictures": self.references}
         tensors = {"latents": self.latents, "seen": self.seen, "best": self.best, "generator": self.generator.get_state()}
         tensors |= {f"references.{name}": tensor for name, tensor in against.items()}
@@ -402,15 +383,14 @@ class _Run:
             state = self.optimizer.state[parameter]
             tensors[f"network.{index}"] = parameter
             tensors |= {f"{name}.{index}": state.get(name, torch.zeros_like(parameter)) for name in _MOMENTS}
-        header = {"step": self.step, "scores": self.scores, "evals": self.tally.evals, "calls": self.tally.calls}
-        identity = {"format": _CHECKPOINT, "version": _VERSION, "key": self._key()}
-        write_spare(self.task.checkpoint, tensors, {**header, **identity})
+        self.checkpoint.save(tensors, {"step": self.step, "scores": self.scores, "evals": self.tally.evals, "calls": self.tally.calls})
 
-    def _resume(self, path: Path) -> None:
-        """Continue where ``path`` says a run stopped. Raises ArtifactError when it cannot be read or is another run's."""
-        tensors, header = read(path, _CHECKPOINT, _VERSION, self._layout)
-        if header["key"] != self._key():
-            raise ArtifactError(f"{path} belongs to a run with other inputs: delete it, or give this run another checkpoint")
+    def _resumed(self) -> bool:
+        """Whether there was a stopped run; if so, this one stands where it stopped."""
+        stopped = self.checkpoint.load(self._layout)
+        if stopped is None:
+            return False
+        tensors, header = stopped
         self.step, self.scores = int(header["step"]), [float(score) for score in header["scores"]]
         self.latents, self.seen, self.best = tensors["latents"], tensors["seen"], tensors["best"]
         self.generator.set_state(tensors["generator"])
@@ -422,18 +402,17 @@ class _Run:
             moments = {name: tensors[f"{name}.{index}"].to(self.device) for name in _MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         self.tally = Tally(self.task, self._planned(), int(header["evals"]), int(header["calls"]))
+        return True
 
     def _layout(self, header: Header) -> dict[str, Spec]:
-        cells = (None, self.task.height, self.task.width)
-        real, rows = torch.float32, 2 * self.options.pictures
-        found: dict[str, Spec] = {"latents": (real, (rows, *cells)), "seen": (real, (None,)), "best": (real, (None,))}
+        real, images = torch.float32, (2 * self.options.pictures, None, self.task.height, self.task.width)
+        found: dict[str, Spec] = {"latents": (real, images), "seen": (real, (None,)), "best": (real, (None,))}
         found["generator"] = (torch.uint8, tuple(self.generator.get_state().shape))
         for index, parameter in enumerate(self.network.parameters):
             found |= {f"{name}.{index}": (real, tuple(parameter.shape)) for name in ("network", *_MOMENTS)}
         if self.task.select == "scorer":
             return found | {"references.pictures": (real, (self.options.references, None))}
-        states: dict[str, Spec] = {f"references.{name}": (real, (None, *cells)) for name in ("x", "teacher", "empty")}
-        return found | states | {"references.sigma": (real, (None,)), "references.picture": (torch.int64, (None,))}
+        return found | States.layout("references.", self.task.height, self.task.width)
 
 
 def target_loss(denoised: Tensor, x0: Tensor, sigma: Tensor, *, velocity: bool) -> Tensor:

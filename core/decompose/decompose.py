@@ -17,8 +17,8 @@ from ..progress import OnStep, silent
 from ..vocabulary import choose_candidates, embeddings, is_known
 from .clusters import clusters
 from .conceptor import decompose_conceptor
+from .decomposition import Decomposition, fill, split_template
 from .distilled import decompose_distilled
-from .result import Decomposition, fill, split_template
 from .task import Budget, Select, Task
 from .text import decompose_text
 
@@ -95,7 +95,7 @@ def decompose_concept(
         concept=concept if name is None else name,
         name=name or "<pseudo-token>",
         template=template,
-        words=words,
+        max_words=words,
         pool=pool.words,
         excluded=pool.excluded,
         teacher=teacher,

@@ -10,19 +10,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, discard, read, write_spare
-from ..model import Conditioning, OutOfMemory
+from ..artifact import Header, Spec
+from ..gradient import vjp
+from ..model import Conditioning
+from .decomposition import Decomposition, Restart, fill
 from .fidelity import explained, fidelity, importance, picture_seeds, sampled_states
 from .mixture import Mixture, top_k
-from .result import Attempt, Decomposition, fill
-from .search import Evidence, Search, padded, words_of
+from .search import Evidence, Search, padded, support
 from .shown import Shown, show
 from .sparse import small_nnls
 from .states import States, distances
@@ -106,7 +107,7 @@ class _Progress:
     states: States | None = None
     shown: Shown | None = None
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    attempts: list[tuple[str, float]] = field(default_factory=list)
+    restarts: list[tuple[str, float]] = field(default_factory=list)
     alphas: list[Tensor] = field(default_factory=list)
 
 
@@ -127,12 +128,12 @@ class _Fit:
         self.seeds = picture_seeds(self._generator(0), images)
         space = prompt_space(task)
         pool = Mixture.of(task.model, task.template, task.pool)
-        codes = text_codes(task, space, min(task.words, _START))
-        chosen = shortlist(task, space, options.shown, max(options.searched, task.words))
-        chosen = list(dict.fromkeys([*chosen, *(i for code in codes for i in words_of(code))]))
+        codes = text_codes(task, space, min(task.max_words, _START))
+        chosen = shortlist(task, space, options.shown, max(options.searched, task.max_words))
+        chosen = list(dict.fromkeys([*chosen, *(i for code in codes for i in support(code))]))
         self.mixture, self.codes = pool.choose(torch.tensor(chosen)), [code[chosen] for code in codes]
         self.looked = min(options.shown, len(self.mixture))
-        self.count = min(task.words, len(self.mixture))
+        self.count = min(task.max_words, len(self.mixture))
         self.token: Tensor | None = None
         if task.token is not None:
             self.token = torch.cat([normalize(task.token[name][0].cpu().double(), dim=0) for name in self.mixture.embeddings])
@@ -140,6 +141,8 @@ class _Fit:
         measuring = options.steps * (options.validation * self.count + options.heldout)
         encoding = len(self.mixture) * _EXPANSIONS
         self.planned = 2 * images * options.steps + options.looked * self.looked + 3 * options.rows + tried + measuring
+        words = {f"words.{name}": rows for name, rows in self.mixture.embeddings.items()}
+        self.checkpoint = task.resumable(_CHECKPOINT, 2, options, words, {"words": task.max_words})
         self.progress, evals, calls = self._resume()
         self.tally = Tally(task, self.planned, evals, calls, prompts=encoding)
 
@@ -157,23 +160,22 @@ class _Fit:
             progress.shown = show(self.model, prompts, looked.states, looked.weights, self.tally.report).extended(len(self.mixture))
             self._save()
         judged = self._draw(validation, options.judged, self._generator(1))
-        while not progress.attempts or (max(r2 for _, r2 in progress.attempts) < ENOUGH and len(progress.attempts) <= options.again):
+        while not progress.restarts or (max(r2 for _, r2 in progress.restarts) < ENOUGH and len(progress.restarts) <= options.again):
             alpha, r2 = self._searched(fitted, judged)
-            progress.attempts.append(("linearised again" if progress.attempts else "linearised", r2))
+            progress.restarts.append(("linearised again" if progress.restarts else "linearised", r2))
             progress.alphas.append(alpha)
             self._save()
         return self._finish(validation, states[states.picture >= chooses])
 
     def _finish(self, validation: States, heldout: States) -> Decomposition:
-        options, task, attempts = self.options, self.task, self.progress.attempts
-        kept = max(range(len(attempts)), key=lambda i: attempts[i][1])
+        options, task, restarts = self.options, self.task, self.progress.restarts
+        kept = max(range(len(restarts)), key=lambda i: restarts[i][1])
         alpha = self.progress.alphas[kept]
         chosen, alpha = self.mixture.choose(alpha.nonzero()[:, 0]), alpha[alpha > 0]
         lost = importance(chosen, validation, self.tally.report)
         measured = fidelity(chosen, alpha, heldout, self.tally.report)
         evals, calls = self.tally.evals, self.tally.calls
-        if task.checkpoint is not None:
-            discard(task.checkpoint)
+        self.checkpoint.discard()
         self.tally.finish({"r2": measured.heldout})
         return Decomposition(
             concept=task.name,
@@ -182,7 +184,7 @@ class _Fit:
             ids=chosen.ids,
             alpha=alpha / alpha.sum(),
             importance=lost,
-            fidelity=replace(measured, fitted=attempts[kept][1]),
+            fidelity=replace(measured, fitted=restarts[kept][1]),
             embeddings=chosen.embeddings,
             norms=chosen.norms,
             method="distilled",
@@ -191,7 +193,7 @@ class _Fit:
             heldout_seeds=tuple(self.seeds[options.pictures + options.validation :]),
             settings={name: float(value) for name, value in vars(options).items()},
             candidates=len(task.pool),
-            attempts=tuple(Attempt(start, r2, kept=i == kept) for i, (start, r2) in enumerate(attempts)),
+            restarts=tuple(Restart(start, r2, kept=i == kept) for i, (start, r2) in enumerate(restarts)),
             evals=evals,
             calls=calls,
             model=self.model.name,
@@ -215,7 +217,7 @@ class _Fit:
         return _Sample(states[picked.to(device)], (count * chance[picked]).clamp_max(1).reciprocal().to(device))
 
     def _searched(self, fitted: States, judged: _Sample) -> tuple[Tensor, float]:
-        """The best weights under the model linearised at the concept, and at the best words of every attempt before, with their R2."""
+        """The best weights under the model linearised at the concept, and at the best words of every restart before, with their R2."""
         progress, known, options = self.progress, len(self.progress.alphas), self.options
         while len(progress.rows) <= known:
             at = self.task.teacher
@@ -237,12 +239,12 @@ class _Fit:
         mixed.add(progress.alphas)
         mixed.run()
         drawn = Search(surrogate, shown, replace(evidence, embedding=0), self.count, self._pulse, found)
-        drawn.add(self._equal(words) for words in shown.first(min(self.count, _START)))
+        drawn.add(self._equal(subset) for subset in shown.first(min(self.count, _START)))
         drawn.run()
         finalists = list(dict.fromkeys([*drawn.best(1), *mixed.best(options.finalists - 1)]))
-        alphas = torch.stack([found[words][0] for words in finalists])
+        alphas = torch.stack([found[subset][0] for subset in finalists])
         r2, told = self._judge(judged, alphas), shown.r2(padded(finalists))
-        sizes = torch.tensor([len(words) for words in finalists])
+        sizes = torch.tensor([len(subset) for subset in finalists])
         best = int(evidence(r2, told, surrogate.cosine(alphas), sizes).argmax())
         alpha, reached = alphas[best], float(r2[best])
         if reached < PLENTY and len(finalists[best]) < self.count:
@@ -250,7 +252,7 @@ class _Fit:
             alone = replace(evidence, predictions=options.fills, shown=0, embedding=0)
             filled = Search(surrogate, shown, alone, self.count, self._pulse, found, kept)
             filled.run()
-            fuller = torch.stack([found[words][0] for words in filled.best(2)])
+            fuller = torch.stack([found[subset][0] for subset in filled.best(2)])
             r2 = self._judge(judged, fuller)
             if float(r2.max()) > reached:
                 alpha, reached = fuller[int(r2.argmax())], float(r2.max())
@@ -261,10 +263,10 @@ class _Fit:
         known = 0.0 if self.token is None else min(options.embedding_count, width)
         return Evidence(len(self.mixture), options.predictions_count, options.shown_count, known)
 
-    def _equal(self, words: tuple[int, ...]) -> Tensor:
+    def _equal(self, subset: tuple[int, ...]) -> Tensor:
         """Equal shares of some words."""
         alpha = torch.zeros(len(self.mixture))
-        alpha[list(words)] = 1 / len(words)
+        alpha[list(subset)] = 1 / len(subset)
         return alpha
 
     def _rows(self, states: States, at: Conditioning, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -288,25 +290,18 @@ class _Fit:
         return torch.cat(rows), torch.cat(offsets)
 
     def _projected(self, states: States, signs: Tensor, at: Conditioning) -> tuple[Tensor, Tensor]:
-        """Gradients (n, size) in the conditioning, and values (n,), of each state's residual along ``signs``; halved while too large."""
-        size = len(states)
-        variable = at.map(lambda t: t.detach().expand(size, *t.shape[1:]).clone().requires_grad_())
-        try:
-            with torch.enable_grad():
-                x0 = self.model.denoise(states.x, states.sigma, variable)
-                projected = ((x0 - states.teacher) / states.sigma.view(-1, 1, 1, 1) * signs).flatten(1).sum(1)
-            inputs = [variable.context] if variable.pooled is None else [variable.context, variable.pooled]
-            gradients = torch.autograd.grad(projected.sum(), inputs)
-        except (OutOfMemory, torch.OutOfMemoryError) as error:
-            if size == 1:
-                raise OutOfMemory(
-                    "a gradient through the model does not fit in memory even for one picture: use smaller pictures, or free memory first"
-                ) from error
-        else:
-            row = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
-            return row, projected.detach().float().to(row.device)
-        halves = [self._projected(states[part], signs[part], at) for part in (slice(None, size // 2), slice(size // 2, None))]
-        return torch.cat([row for row, _ in halves]), torch.cat([value for _, value in halves])
+        """Gradients (n, size) in the conditioning, and values (n,), of each state's residual along ``signs``."""
+        variable = at.map(lambda t: t.detach().expand(len(states), *t.shape[1:]).clone().requires_grad_())
+
+        def projected(rows: slice) -> Tensor:
+            part = states[rows]
+            x0 = self.model.denoise(part.x, part.sigma, variable.map(itemgetter(rows)))
+            return ((x0 - part.teacher) / part.sigma.view(-1, 1, 1, 1) * signs[rows]).flatten(1).sum(1)
+
+        inputs = [variable.context] if variable.pooled is None else [variable.context, variable.pooled]
+        values, gradients = vjp(projected, inputs, len(states))
+        row = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).float()
+        return row, values.float().to(row.device)
 
     def _judge(self, sample: _Sample, alphas: Tensor) -> Tensor:
         """R2 of each row of alphas (n, words) by a sample of states, (n,): an eval a row and state."""
@@ -344,28 +339,7 @@ class _Fit:
         self.model.before_call()
         self.tally.report()
 
-    def _key(self) -> str:
-        """What a checkpoint must have been made from to be continued."""
-        task = self.task
-        tensors = {
-            "teacher": task.teacher.context,
-            "empty": task.empty.context,
-            **{f"words.{n}": e for n, e in self.mixture.embeddings.items()},
-        }
-        asked = {
-            "model": task.model.name,
-            "template": task.template,
-            "pool": list(task.pool),
-            "words": task.words,
-            "seed": task.seed,
-            "size": [task.height, task.width],
-            "settings": vars(self.options),
-        }
-        return content_hash(tensors, asked)
-
     def _save(self) -> None:
-        if self.task.checkpoint is None:
-            return
         progress = self.progress
         tensors = {} if progress.shown is None else {"shown": progress.shown.gram}
         tensors |= {} if progress.states is None else {f"states.{name}": tensor for name, tensor in vars(progress.states).items()}
@@ -373,47 +347,37 @@ class _Fit:
             tensors |= {f"rows.{index}": rows, f"offsets.{index}": offsets}
         tensors |= {f"alpha.{index}": alpha for index, alpha in enumerate(progress.alphas)}
         header: Header = {
-            "format": _CHECKPOINT,
-            "version": 2,
-            "key": self._key(),
             "shown": progress.shown is not None,
             "linearised": len(progress.rows),
-            "attempts": progress.attempts,
+            "attempts": progress.restarts,
             "evals": self.tally.evals,
             "calls": self.tally.calls,
         }
-        write_spare(self.task.checkpoint, tensors, header)
+        self.checkpoint.save(tensors, header)
 
     def _resume(self) -> tuple[_Progress, int, int]:
-        path = self.task.checkpoint
-        if path is None or not path.exists():
+        stopped = self.checkpoint.load(_layout)
+        if stopped is None:
             return _Progress(), 0, 0
-        tensors, header = read(path, _CHECKPOINT, 2, _layout)
-        if header["key"] != self._key():
-            raise ArtifactError(f"{path} belongs to another decomposition: choose another checkpoint file, or delete it to start afresh")
-        states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in _STATES})
+        tensors, header = stopped
+        states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in States.layout("")})
         at = self.task.teacher.context.device  # where gradients in the conditioning are
         rows = [(tensors[f"rows.{i}"].to(at), tensors[f"offsets.{i}"].to(at)) for i in range(header["linearised"])]
-        attempts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
-        alphas = [tensors[f"alpha.{i}"] for i in range(len(attempts))]
+        restarts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
+        alphas = [tensors[f"alpha.{i}"] for i in range(len(restarts))]
         shown = Shown(tensors["shown"]) if "shown" in tensors else None
-        return _Progress(states, shown, rows, attempts, alphas), int(header["evals"]), int(header["calls"])
+        return _Progress(states, shown, rows, restarts, alphas), int(header["evals"]), int(header["calls"])
 
 
-_STATES = ("x", "sigma", "teacher", "empty", "picture")
-
-
-def _layout(header: Mapping[str, Any]) -> dict[str, Spec]:
-    latents: Spec = (torch.float32, (None, None, None, None))
-    linearised, attempts = header["linearised"], len(header["attempts"])
-    if type(linearised) is not int or not 0 <= linearised <= attempts + 1:
-        raise ValueError(f"{linearised!r} linearisations do not go with {attempts} attempts")
+def _layout(header: Header) -> dict[str, Spec]:
+    linearised, restarts = header["linearised"], len(header["attempts"])
+    if type(linearised) is not int or not 0 <= linearised <= restarts + 1:
+        raise ValueError(f"{linearised!r} linearisations do not go with {restarts} restarts")
     layout: dict[str, Spec] = {"shown": (torch.float64, (None, None, None))} if header["shown"] is True else {}
-    layout |= {f"states.{name}": latents for name in ("x", "teacher", "empty")}
-    layout |= {"states.sigma": (torch.float32, (None,)), "states.picture": (torch.int64, (None,))}
+    layout |= States.layout("states.")
     for index in range(linearised):
         layout |= {f"rows.{index}": (torch.float32, (None, None)), f"offsets.{index}": (torch.float32, (None,))}
-    return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(attempts)}
+    return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(restarts)}
 
 
 def _row(conditioning: Conditioning, index: int) -> Conditioning:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .decomposition import Fidelity, LevelR2, fill
 from .mixture import Mixture
-from .result import Fidelity, LevelR2, fill
 from .shown import show
 from .states import States, distances, harvest
 from .task import Task

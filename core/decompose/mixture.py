@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..model import Conditioning, Model, Slot
 from ..vocabulary import embeddings
-from .result import fill, mix
+from .decomposition import fill, mix
 
 
 @dataclass(frozen=True)

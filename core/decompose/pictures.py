@@ -12,7 +12,7 @@ from ..chart import Picture, picture_grid
 from ..model import Model
 from ..progress import OnStep, part_of, silent
 from ..sampling import Sampler, draw
-from .result import Decomposition, fill
+from .decomposition import Decomposition, fill
 
 
 @torch.no_grad()

@@ -62,15 +62,15 @@ class Search:
 
     def add(self, alphas: Iterable[Tensor]) -> None:
         """Polish those whose words are new, and keep them."""
-        fresh = {words_of(alpha): alpha for alpha in alphas if words_of(alpha) not in self.found}
+        fresh = {support(alpha): alpha for alpha in alphas if support(alpha) not in self.found}
         if not fresh:
             return
         self.pulse()
         polished, scores = self.surrogate.polish(torch.stack(list(fresh.values())))
         for given, alpha, score in zip(fresh, polished, scores.tolist(), strict=True):
-            for words in {given, words_of(alpha)}:  # weights may have become 0
-                if words not in self.found or self.found[words][1] < score:
-                    self.found[words] = alpha, score
+            for subset in {given, support(alpha)}:  # weights may have become 0
+                if subset not in self.found or self.found[subset][1] < score:
+                    self.found[subset] = alpha, score
 
     def best(self, count: int) -> list[tuple[int, ...]]:
         """The ``count`` likeliest sets found."""
@@ -79,9 +79,9 @@ class Search:
 
     def judged(self) -> dict[tuple[int, ...], float]:
         """The evidence of every set found that holds the words to keep."""
-        sets = [words for words in self.found if set(self.kept) <= set(words)]
-        alphas = torch.stack([self.found[words][0] for words in sets])
-        r2 = torch.tensor([self.found[words][1] for words in sets], dtype=torch.double)
+        sets = [subset for subset in self.found if set(self.kept) <= set(subset)]
+        alphas = torch.stack([self.found[subset][0] for subset in sets])
+        r2 = torch.tensor([self.found[subset][1] for subset in sets], dtype=torch.double)
         return dict(zip(sets, self._weigh(sets, alphas, r2).tolist(), strict=True))
 
     def run(self) -> None:
@@ -89,19 +89,19 @@ class Search:
         done: set[tuple[int, ...]] = set()
         while True:
             likely = self.judged()
-            todo = [words for words in sorted(likely, key=likely.__getitem__)[-_SUMMITS:] if words not in done]
+            todo = [subset for subset in sorted(likely, key=likely.__getitem__)[-_SUMMITS:] if subset not in done]
             if not todo:
                 return
             done.add(todo[-1])
             self.pulse()
             self.add(self._around(todo[-1]))
 
-    def _around(self, words: tuple[int, ...]) -> list[Tensor]:
+    def _around(self, subset: tuple[int, ...]) -> list[Tensor]:
         """The likeliest of the sets one word away, by the surrogate linearised in the weights of all words at the present ones."""
-        alpha, every = self.found[words][0], range(len(self.surrogate.mixture))
-        fewer = [words[:i] + words[i + 1 :] for i in range(len(words)) if words[i] not in self.kept]
-        bases = fewer + [words] * (len(words) < self.count)
-        sets = {tuple(sorted((*base, word))) for base in bases for word in every if word not in words} | {base for base in fewer if base}
+        alpha, every = self.found[subset][0], range(len(self.surrogate.mixture))
+        fewer = [subset[:i] + subset[i + 1 :] for i in range(len(subset)) if subset[i] not in self.kept]
+        bases = fewer + [subset] * (len(subset) < self.count)
+        sets = {tuple(sorted((*base, word))) for base in bases for word in every if word not in subset} | {base for base in fewer if base}
         proposed = sorted(sets - self.found.keys())
         if not proposed:
             return []
@@ -121,15 +121,15 @@ class Search:
 
     def _weigh(self, sets: list[tuple[int, ...]], alphas: Tensor, r2: Tensor) -> Tensor:
         shown = self.shown.r2(padded(sets)) if self.evidence.shown else torch.zeros(len(sets), dtype=torch.double)
-        return self.evidence(r2, shown, self.surrogate.cosine(alphas), torch.tensor([len(words) for words in sets]))
+        return self.evidence(r2, shown, self.surrogate.cosine(alphas), torch.tensor([len(subset) for subset in sets]))
 
 
 def padded(sets: list[tuple[int, ...]]) -> Tensor:
     """Sets of indices as rows, (sets, largest), -1 where a set has fewer."""
     size = max(map(len, sets))
-    return torch.tensor([[*words, *[-1] * (size - len(words))] for words in sets])
+    return torch.tensor([[*subset, *[-1] * (size - len(subset))] for subset in sets])
 
 
-def words_of(alpha: Tensor) -> tuple[int, ...]:
+def support(alpha: Tensor) -> tuple[int, ...]:
     """The indices of the words that have weight."""
     return tuple(alpha.nonzero()[:, 0].tolist())

@@ -49,26 +49,26 @@ class Shown:
         left = self.gram[:, -1, -1].sum() - (nnls(grams, moments) * moments).sum((0, 2))
         return 1 - left / self.gram[:, -1, -1].sum()
 
-    def lost(self, words: Sequence[int]) -> tuple[float, ...]:
-        """What shown(W) loses when each of the words is left out and the others' weights are fitted anew, 0 or more each."""
-        rest = [[*words[:i], *words[i + 1 :], -1] for i in range(len(words))]
-        r2 = self.r2(torch.tensor([list(words), *rest]))
+    def lost(self, subset: Sequence[int]) -> tuple[float, ...]:
+        """What shown(W) loses when each of the words (indices) is left out and the others' weights are fitted anew, 0 or more each."""
+        rest = [[*subset[:i], *subset[i + 1 :], -1] for i in range(len(subset))]
+        r2 = self.r2(torch.tensor([list(subset), *rest]))
         return tuple((r2[0] - r2[1:]).clamp_min(0).tolist())
 
     def first(self, count: int) -> list[tuple[int, ...]]:
         """The words that show most of the concept together, chosen one by one: sets of 1 to ``count``."""
-        words, found = self.known.nonzero()[:, 0].tolist(), list[tuple[int, ...]]()
-        for _ in range(min(count, len(words))):
+        known, found = self.known.nonzero()[:, 0].tolist(), list[tuple[int, ...]]()
+        for _ in range(min(count, len(known))):
             base = found[-1] if found else ()
-            rest = [(*base, word) for word in words if word not in base]
+            rest = [(*base, word) for word in known if word not in base]
             found.append(rest[int(self.r2(torch.tensor(rest)).argmax())])
         return found
 
-    def extended(self, words: int) -> Shown:
-        """With words that were not looked at, and so show nothing, up to ``words`` of them."""
+    def extended(self, size: int) -> Shown:
+        """With words that were not looked at, and so show nothing, up to ``size`` of them."""
         known = self.gram.shape[1] - 1
-        gram = self.gram.new_zeros(len(self.gram), words + 1, words + 1)
-        kept = torch.tensor([*range(known), words])
+        gram = self.gram.new_zeros(len(self.gram), size + 1, size + 1)
+        kept = torch.tensor([*range(known), size])
         gram[:, kept[:, None], kept] = self.gram
         return Shown(gram)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..artifact import Spec
 from ..model import Conditioning, Model
 from ..progress import OnStep, silent
 from ..sampling import initial_noise, sample, schedule
@@ -31,6 +32,13 @@ class States:
 
     def __getitem__(self, rows: Tensor | slice) -> States:
         return States(self.x[rows], self.sigma[rows], self.teacher[rows], self.empty[rows], self.picture[rows])
+
+    @staticmethod
+    def layout(prefix: str, height: int | None = None, width: int | None = None) -> dict[str, Spec]:
+        """States as a file holds them: the tensors' names, each after ``prefix``, and their types and shapes."""
+        latents: Spec = (torch.float32, (None, None, height, width))
+        whole: dict[str, Spec] = {"sigma": (torch.float32, (None,)), "picture": (torch.int64, (None,))}
+        return {f"{prefix}{name}": spec for name, spec in {**dict.fromkeys(("x", "teacher", "empty"), latents), **whole}.items()}
 
     @property
     def gap(self) -> Tensor:

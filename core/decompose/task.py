@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from ..artifact import Checkpoint, Header
 from ..model import Conditioning, Model, Slot
 from ..progress import OnStep, silent
 
@@ -26,17 +27,17 @@ Select: TypeAlias = Literal["scorer", "r2"]
 class Task:
     """Checked input of a method.
 
-    concept: the word, phrase or slot; ``name``: what to call it. pool: candidate words and their token ids. teacher, empty: the
-    conditioning of the concept's own prompt and of the empty one, batch 1. token: the concept as one token per encoder, (1, width),
-    or None when it is several. height, width: latent cells. excluded: what was kept out of the pool, in one phrase. settings: single
-    settings of the method that replace its budget's.
+    concept: the word, phrase or slot; ``name``: what to call it. max_words: of the result. pool: candidate words and their token ids.
+    teacher, empty: the conditioning of the concept's own prompt and of the empty one, batch 1. token: the concept as one token per
+    encoder, (1, width), or None when it is several. height, width: latent cells. excluded: what was kept out of the pool, in one phrase.
+    settings: single settings of the method that replace its budget's.
     """
 
     model: Model
     concept: str | Slot
     name: str
     template: str
-    words: int
+    max_words: int
     pool: Mapping[str, int]
     excluded: str
     teacher: Conditioning
@@ -61,6 +62,13 @@ class Task:
         if unknown:
             raise ValueError(f"this method has no setting {', '.join(unknown)}: choose from {', '.join(known)}")
         return replace(chosen, **self.settings)
+
+    def resumable(self, format: str, version: int, settings: DataclassInstance, tensors: Mapping[str, Tensor], asked: Header) -> Checkpoint:
+        """The checkpoint of a run of this task with a method's ``settings``. tensors, asked: what else its result depends on."""
+        own = {"teacher": self.teacher.context, "empty": self.empty.context}
+        size = [self.height, self.width]
+        base = {"model": self.model.name, "template": self.template, "pool": list(self.pool), "seed": self.seed, "size": size}
+        return Checkpoint(self.checkpoint, format, version, {**own, **tensors}, {**base, "settings": vars(settings), **asked})
 
 
 class Tally:

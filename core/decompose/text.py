@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 
 from ..model import Conditioning
 from ..vocabulary import STOP_WORDS, WORD_END, embeddings
+from .decomposition import Decomposition, fill
 from .fidelity import measure, picture_seeds, sampled_states
 from .mixture import Mixture
-from .result import Decomposition, fill
 from .sparse import PENALTIES, sparse_solutions
 from .task import Tally, Task
 
@@ -45,7 +45,7 @@ def decompose_text(task: Task) -> Decomposition:
     """
     options = task.choose(BUDGETS)
     mixture = Mixture.of(task.model, task.template, task.pool)
-    codes = dict(zip(("token embeddings", "encoded prompts"), text_codes(task, prompt_space(task), task.words), strict=True))
+    codes = dict(zip(("token embeddings", "encoded prompts"), text_codes(task, prompt_space(task), task.max_words), strict=True))
     teacher = _means(task.teacher)
     with torch.no_grad():
         missed = {space: float((_means(mixture.encode(code[None])) - teacher).norm()) for space, code in codes.items()}
@@ -77,7 +77,7 @@ def decompose_text(task: Task) -> Decomposition:
         heldout_seeds=tuple(seeds),
         settings={name: float(value) for name, value in vars(options).items()},
         candidates=len(mixture),
-        attempts=(),
+        restarts=(),
         evals=tally.evals,
         calls=tally.calls,
         model=task.model.name,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from .. import artifact
+from ..artifact import Header, Migration, Noun, Spec, as_list, as_mapping, as_number, as_provenance, as_text, as_texts, as_whole
 from ..model import Conditioning, CrossAttention, Family, NonFinite
 from ..phrases import Concept
 from .layers import in_single
@@ -19,7 +18,6 @@ from .report import LIMITS, MAX_NULL_DRIFT, MAX_SHIFT, MAX_TRACE, Report
 from .solve import LowRank
 from .texts import words_of
 
-FORMAT, VERSION = "conceptkit-edit", 2
 FAMILIES: tuple[str, ...] = (*get_args(Family), "sd3", "flux")
 """Whose texts an edit may be for. SD3 and Flux (experimental) take it as conditioning only."""
 LARGEST = 1 << 16
@@ -38,18 +36,40 @@ class WeightPatch:
     down: Tensor
 
 
+def _from_version_1(header: Header) -> Header:
+    """Version 1 joined the synonyms of all concepts into one setting, ``with``, and stored the report's ``limits``, which are no data.
+
+    Which of several concepts a synonym belonged to was not stored: the first is given all of them, so that the report still knows them.
+    """
+    settings, report = dict(header["settings"]), header["report"]
+    words = [word for word in settings.pop("with", "").split(", ") if word]
+    synonyms: list[list[str]] = [[] for _ in header["concepts"]]
+    if words:
+        synonyms[0] = words
+    if report is not None:
+        report = {name: value for name, value in report.items() if name != "limits"}
+        report |= {name: [] for name in ("parts", "unknown", "related", "clashes")}
+    return {**header, "settings": settings, "synonyms": synonyms, "report": report}
+
+
 @dataclass(frozen=True, eq=False)
-class ContextEdit:
+class ContextEdit(Noun):
     """T = I + U V^T on every text context c (rows as columns here), and so on every weight that reads it: W' = W T.
 
     context: (width, rank) factors, float32, row-major, as a file gives them back. pooled: the same for the pooled text (SDXL), or None.
     gains: per layer path a factor per column where it is not 1 (T_l = I + U diag(g_l) V^T). What it was solved from: concepts, and per
-    concept its anchor (the text it is read as) and its synonyms (words erased with it; left out, none has any), keep, method, settings,
-    and ``model``, the hash of the weights that read the text. Nothing is ever written into a model, so leaving the edit out undoes it.
+    concept its anchor (the text it is read as) and its synonyms (words erased with it; left out, none has any), keep, and the fields of
+    `Provenance`: ``model`` is the hash of the weights that read the text, ``seed`` is taken from the settings, and no model evaluations are
+    spent. Nothing is ever written into a model, so leaving the edit out undoes it.
 
     Raises NonFinite for factors that are no numbers, ValueError unless every concept has its list of synonyms. Source: the common form of
     TIME, UCE, MACE, RECE and TRCE's closed-form edits, which share one matrix for all layers.
     """
+
+    FORMAT: ClassVar[str] = "conceptkit-edit"
+    VERSION: ClassVar[int] = 2
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {1: _from_version_1}
+    TENSORS: ClassVar[tuple[str, ...]] = ("context", "pooled")
 
     family: str
     context: LowRank
@@ -59,18 +79,16 @@ class ContextEdit:
     anchors: tuple[str, ...] = ()
     synonyms: tuple[tuple[str, ...], ...] = ()
     keep: tuple[str, ...] = ()
-    method: str = ""
-    settings: Mapping[str, float | str | bool] = field(default_factory=dict)
-    model: str = ""
     report: Report | None = None
+    seed: int = field(init=False)
 
     def __post_init__(self) -> None:
         if not self.synonyms:
             object.__setattr__(self, "synonyms", ((),) * len(self.concepts))
         if len(self.synonyms) != len(self.concepts):
             raise ValueError(f"{len(self.concepts)} concepts need as many lists of synonyms, not {len(self.synonyms)}")
-        object.__setattr__(self, "context", _row_major(self.context))
-        object.__setattr__(self, "pooled", None if self.pooled is None else _row_major(self.pooled))
+        object.__setattr__(self, "seed", int(self.settings.get("seed", 0)))
+        super().__post_init__()
         for part in (self.context, self.pooled):
             if part is not None and not (torch.isfinite(part.u).all() and torch.isfinite(part.v).all()):
                 raise NonFinite("the edit holds NaN or infinity: raise the ridge, or give captions to preserve")
@@ -94,49 +112,6 @@ class ContextEdit:
     def identity(family: str, width: int) -> ContextEdit:
         """The edit that changes nothing."""
         return ContextEdit(family, single(LowRank.identity(width)))
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write a "conceptkit-edit" artifact; see ``core.artifact.write`` for what is raised."""
-        artifact.write(path, self._tensors(), self._header(), overwrite=overwrite)
-
-    @staticmethod
-    def load(path: str | Path) -> ContextEdit:
-        """An edit from disk, every part of it checked. Raises ArtifactError, naming the file, for anything that ``save`` does not write."""
-        tensors, header = artifact.read(path, FORMAT, VERSION, _layout, {1: _from_version_1})
-        try:
-            report = None if header["report"] is None else Report.from_json(header["report"])
-            concepts = tuple(
-                Concept(c["text"], c["replacement"], tuple((str(a), float(s)) for a, s in c["attributes"])) for c in header["concepts"]
-            )
-            gains = {path: tuple(map(float, row)) for path, row in zip(header["layers"], tensors["gains"].tolist(), strict=True)}
-            return ContextEdit(
-                family=header["family"],
-                context=LowRank(tensors["context.u"], tensors["context.v"]),
-                pooled=LowRank(tensors["pooled.u"], tensors["pooled.v"]) if "pooled.u" in tensors else None,
-                gains=gains,
-                concepts=concepts,
-                anchors=tuple(header["anchors"]),
-                synonyms=tuple(map(tuple, header["synonyms"])),
-                keep=tuple(header["keep"]),
-                method=header["method"],
-                settings=header["settings"],
-                model=header["model"],
-                report=report,
-            )
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise artifact.ArtifactError(f"{path} has an incomplete header ({type(error).__name__}: {error}): make it again") from error
-
-    def content_hash(self) -> str:
-        """SHA-256 of everything the edit is."""
-        return artifact.content_hash(self._tensors(), self._header())
-
-    def to(self, device: torch.device | str) -> ContextEdit:
-        """The same edit with its factors on ``device``."""
-
-        def move(part: LowRank) -> LowRank:
-            return LowRank(part.u.to(device), part.v.to(device))
-
-        return replace(self, context=move(self.context), pooled=None if self.pooled is None else move(self.pooled))
 
     def scale(self, strength: float) -> ContextEdit:
         """T = I + strength U V^T: 0 is the identity, 1 the edit itself, whose report alone holds. Raises ValueError for NaN."""
@@ -189,18 +164,6 @@ class ContextEdit:
             report=None,
         )
 
-    def truncate(
-        self, tolerance: float = 1e-3, *, rank: int = 64, gram: Tensor | None = None, covariance: Tensor | None = None
-    ) -> ContextEdit:
-        """The edit with the fewest columns, at most ``rank``, that loses at most ``tolerance`` of it (see ``LowRank.truncate``).
-
-        gram, covariance: (width, width), of the context's layers and captions. Raises ValueError for an edit that differs by layer.
-        """
-        if self.gains:
-            raise ValueError("an edit that differs from layer to layer cannot be truncated: save it as it is")
-        pooled = None if self.pooled is None else single(self.pooled.truncate(tolerance, rank))
-        return replace(self, context=single(self.context.truncate(tolerance, rank, gram, covariance)), pooled=pooled)
-
     def apply_to_conditioning(self, conditioning: Conditioning) -> Conditioning:
         """The conditioning as the edited weights would read it; the same object for the identity.
 
@@ -231,24 +194,15 @@ class ContextEdit:
         ``down`` is one tensor for all layers. The identity yields nothing. Raises ValueError for weights of another width or a layer the
         edit has gains for and the model has not, UnsupportedModel for quantised weights.
         """
-        for path, _, patch in self._patched(attention):
-            yield path, patch
-
-    def bake(self, attention: CrossAttention) -> Iterator[tuple[str, Tensor]]:
-        """Path and whole new weight of every layer, in its own dtype, one at a time; the identity yields nothing."""
-        for path, weight, patch in self._patched(attention):
-            yield path, (weight.float() + patch.up @ patch.down).to(weight.dtype)
-
-    def _patched(self, attention: CrossAttention) -> Iterator[tuple[str, Tensor, WeightPatch]]:
         missing = set(self.gains)
         if self.rank:
             u, down = self.context.u.float().cpu(), self.context.v.float().cpu().T.contiguous()
-            for path, weight, values in in_single(attention, self.width):
+            for path, _, values in in_single(attention, self.width):
                 up = values @ u
                 if path in self.gains:
                     missing.discard(path)
                     up = up * torch.tensor(self.gains[path])
-                yield path, weight, WeightPatch(up, down)
+                yield path, WeightPatch(up, down)
         if missing:
             raise ValueError(f"the model has no layer {min(missing)}, which the edit is for: use the model family it was solved on")
         if self.pooled is not None and self.pooled.rank:
@@ -258,7 +212,7 @@ class ContextEdit:
             path, weight = layer[0], layer[1].detach().cpu()
             down = torch.zeros(self.pooled.rank, weight.shape[1])
             down[:, : self.pooled.width] = self.pooled.v.float().cpu().T
-            yield path, weight, WeightPatch(weight[:, : self.pooled.width].float() @ self.pooled.u.float().cpu(), down)
+            yield path, WeightPatch(weight[:, : self.pooled.width].float() @ self.pooled.u.float().cpu(), down)
 
     def headline(self) -> str:
         """What matters most of what the edit does, in one short line."""
@@ -340,17 +294,11 @@ class ContextEdit:
         return _either([*advice, *(["erase fewer concepts at once"] if len(self.concepts) > 1 else []), "lower the strength"])
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"context.u": self.context.u, "context.v": self.context.v}
-        if self.pooled is not None:
-            tensors |= {"pooled.u": self.pooled.u, "pooled.v": self.pooled.v}
         rows = [self.gains[path] for path in sorted(self.gains)]
-        tensors["gains"] = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), self.rank)
-        return tensors
+        return {**super()._tensors(), "gains": torch.tensor(rows, dtype=torch.float64).reshape(len(rows), self.rank)}
 
-    def _header(self) -> dict[str, Any]:
+    def _content(self) -> Header:
         return {
-            "format": FORMAT,
-            "version": VERSION,
             "family": self.family,
             "width": self.width,
             "rank": self.rank,
@@ -368,56 +316,47 @@ class ContextEdit:
             "report": None if self.report is None else self.report.to_json(),
         }
 
+    @classmethod
+    def _layout(cls, header: Header) -> dict[str, Spec]:
+        width, rank = (as_whole(header[name], LARGEST) for name in ("width", "rank"))
+        part: Spec = (torch.float32, (width, rank))
+        specs = {"context.u": part, "context.v": part, "gains": (torch.float64, (len(as_list(header["layers"])), rank))}
+        if header["pooled"] is not None:
+            width, rank = (as_whole(size, LARGEST) for size in header["pooled"])
+            specs |= dict.fromkeys(("pooled.u", "pooled.v"), (torch.float32, (width, rank)))
+        return specs
 
-def _layout(header: artifact.Header) -> Mapping[str, artifact.Spec]:
-    texts = [header["family"], header["method"], header["model"], *header["layers"], *header["keep"], *header["anchors"]]
-    texts += [c["text"] for c in header["concepts"]] + [c["replacement"] for c in header["concepts"] if c["replacement"] is not None]
-    texts += [word for words in header["synonyms"] for word in words]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a text is expected where another value stands")
-    if header["family"] not in FAMILIES:
-        raise ValueError(f"unknown model family {header['family'][:40]!r}")
-    if not len(header["anchors"]) == len(header["synonyms"]) == len(header["concepts"]):
-        raise ValueError("concepts, anchors and lists of synonyms differ in number")
-    settings = header["settings"]
-    if not isinstance(settings, dict) or not all(isinstance(value, (bool, int, float, str)) for value in settings.values()):
-        raise TypeError("settings must be numbers, texts or booleans")
-    if type(settings.get("strength", 1.0)) not in (int, float):
-        raise TypeError("the strength must be a number")
-    if len(set(header["layers"])) != len(header["layers"]):
-        raise ValueError("a layer is listed twice")
-    width, rank = _size(header["width"]), _size(header["rank"])
-    specs: dict[str, artifact.Spec] = {
-        "context.u": (torch.float32, (width, rank)),
-        "context.v": (torch.float32, (width, rank)),
-        "gains": (torch.float64, (len(header["layers"]), rank)),
-    }
-    if header["pooled"] is not None:
-        pooled_width, pooled_rank = map(_size, header["pooled"])
-        specs |= dict.fromkeys(("pooled.u", "pooled.v"), (torch.float32, (pooled_width, pooled_rank)))
-    return specs
-
-
-def _from_version_1(header: artifact.Header) -> artifact.Header:
-    """Version 1 joined the synonyms of all concepts into one setting, ``with``, and stored the report's ``limits``, which are no data.
-
-    Which of several concepts a synonym belonged to was not stored: the first is given all of them, so that the report still knows them.
-    """
-    settings, report = dict(header["settings"]), header["report"]
-    words = [word for word in settings.pop("with", "").split(", ") if word]
-    synonyms: list[list[str]] = [[] for _ in header["concepts"]]
-    if words:
-        synonyms[0] = words
-    if report is not None:
-        report = {name: value for name, value in report.items() if name != "limits"}
-        report |= {name: [] for name in ("parts", "unknown", "related", "clashes")}
-    return {**header, "settings": settings, "synonyms": synonyms, "report": report}
+    @classmethod
+    def _from(cls, header: Header, tensors: Mapping[str, Tensor]) -> ContextEdit:
+        concepts = tuple(map(_concept, as_list(header["concepts"])))
+        layers, anchors = as_texts(header["layers"]), as_texts(header["anchors"])
+        if header["family"] not in FAMILIES:
+            raise ValueError(f"unknown model family {as_text(header['family'])[:40]!r}")
+        if len(anchors) != len(concepts):
+            raise ValueError("concepts and anchors differ in number")
+        if len(set(layers)) != len(layers):
+            raise ValueError("a layer is listed twice")
+        provenance = as_provenance(header)
+        as_number(provenance["settings"].get("strength", 1.0))
+        return cls(
+            family=header["family"],
+            context=LowRank(tensors["context.u"], tensors["context.v"]),
+            pooled=LowRank(tensors["pooled.u"], tensors["pooled.v"]) if "pooled.u" in tensors else None,
+            gains={path: tuple(row) for path, row in zip(layers, tensors["gains"].tolist(), strict=True)},
+            concepts=concepts,
+            anchors=anchors,
+            synonyms=tuple(map(as_texts, as_list(header["synonyms"]))),
+            keep=as_texts(header["keep"]),
+            **provenance,
+            report=None if header["report"] is None else Report.from_json(header["report"]),
+        )
 
 
-def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= LARGEST:
-        raise ValueError(f"{value!r} is no size")
-    return value
+def _concept(value: Any) -> Concept:
+    said = as_mapping(value)
+    instead = said["replacement"]
+    attributes = tuple((as_text(text), as_number(share)) for text, share in as_list(said["attributes"]))
+    return Concept(as_text(said["text"]), None if instead is None else as_text(instead), attributes)
 
 
 def single(part: LowRank) -> LowRank:
@@ -431,10 +370,6 @@ def single(part: LowRank) -> LowRank:
 def _either(advice: Sequence[str]) -> str:
     """Advice as one phrase: one or another of it helps."""
     return ", or ".join(advice)
-
-
-def _row_major(part: LowRank) -> LowRank:
-    return LowRank(artifact.row_major(part.u), artifact.row_major(part.v))
 
 
 def _double(part: LowRank) -> LowRank:

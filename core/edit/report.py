@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..artifact import as_flag, as_number, as_text
 from .solve import LowRank, root
 
 MAX_TRACE, MAX_SHIFT, MAX_NULL_DRIFT = 0.2, 0.3, 1e-2
@@ -108,20 +109,22 @@ class Report:
         return Report(
             concepts=tuple(
                 ConceptTrace(
-                    _text(c["text"]), *(_number(c[key]) for key in ("trace", "highest", "regenerable_plausible", "regenerable_any"))
+                    as_text(c["text"]), *(as_number(c[key]) for key in ("trace", "highest", "regenerable_plausible", "regenerable_any"))
                 )
                 for c in plain["concepts"]
             ),
-            layers={_text(path): _number(value) for path, value in plain["layers"].items()},
-            kept=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["kept"]),
-            neighbours=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["neighbours"]),
-            distortion=_number(plain["distortion"]),
-            null_drift=_number(plain["null_drift"]),
-            pooled_leak=None if leak is None else _number(leak),
-            parts=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["parts"]),
-            unknown=tuple(map(_text, plain["unknown"])),
-            related=tuple(WordShift(_text(w["word"]), _number(w["shift"])) for w in plain["related"]),
-            clashes=tuple(Clash(_text(c["concept"]), _text(c["anchor"]), _text(c["word"]), _flag(c["same"])) for c in plain["clashes"]),
+            layers={as_text(path): as_number(value) for path, value in plain["layers"].items()},
+            kept=tuple(WordShift(as_text(w["word"]), as_number(w["shift"])) for w in plain["kept"]),
+            neighbours=tuple(WordShift(as_text(w["word"]), as_number(w["shift"])) for w in plain["neighbours"]),
+            distortion=as_number(plain["distortion"]),
+            null_drift=as_number(plain["null_drift"]),
+            pooled_leak=None if leak is None else as_number(leak),
+            parts=tuple(WordShift(as_text(w["word"]), as_number(w["shift"])) for w in plain["parts"]),
+            unknown=tuple(map(as_text, plain["unknown"])),
+            related=tuple(WordShift(as_text(w["word"]), as_number(w["shift"])) for w in plain["related"]),
+            clashes=tuple(
+                Clash(as_text(c["concept"]), as_text(c["anchor"]), as_text(c["word"]), as_flag(c["same"])) for c in plain["clashes"]
+            ),
         )
 
 
@@ -219,21 +222,3 @@ def _ratio(part: float, whole: float) -> float:
 def _root(ratio: float) -> float:
     """The root of what is no less than 0 but for rounding."""
     return math.sqrt(max(0.0, ratio))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is neither true nor false")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{value!r} is no number")
-    return float(value)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..decompose.result import fill
+from ..decompose.decomposition import fill
 from ..model import Conditioning, Model, NonFinite, Slot, UnsupportedModel, in_chunks
 from ..progress import OnStep, silent
 from ..vocabulary import embeddings, token_of

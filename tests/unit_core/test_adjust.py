@@ -50,7 +50,7 @@ def found(words=("robin", "finch", "raven"), shares=(0.5, 0.3, 0.2)):
         heldout_seeds=(),
         settings={},
         candidates=5,
-        attempts=(),
+        restarts=(),
         evals=0,
         calls=0,
     )

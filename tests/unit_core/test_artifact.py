@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from conceptkit.core import artifact
-from conceptkit.core.artifact import ArtifactError
+from conceptkit.core.artifact import ArtifactError, Checkpoint, Noun
+from conceptkit.core.decompose import Decomposition
+from conceptkit.core.edit import ContextEdit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 HEADER = {"format": "test", "version": 1, "words": ["robin", "finch"], "share": 0.1}
 TENSORS = {"alpha": torch.tensor([0.25, 0.75]), "ids": torch.tensor([3, 1]), "row": torch.arange(6.0).reshape(2, 3).half()}
@@ -359,3 +362,70 @@ def test_mutated_bytes_raise_nothing_else(tmp_path_factory, data):
     else:
         assert {n: (t.dtype, t.shape[0]) for n, t in found.items()} == {n: (t.dtype, t.shape[0]) for n, t in TENSORS.items()}
         assert header["version"] == 1
+
+
+STORED = Path(__file__).parent / "data"
+NOUNS: list[tuple[type[Noun], str, str]] = [
+    (Decomposition, "decomposition-version-2", "ed1732e4514a4b051a581b42374def4c506cc9bde6ba0511cb45231caa9693fe"),
+    (ContextEdit, "edit-version-2", "7d0277998c8320c1efaa2daef29ee1a33b30b4c9d4929034d6d1f668a5a013c6"),
+]
+"""Nouns, with a file that was written before they had a common base, and the hash they had then."""
+
+
+@pytest.mark.parametrize(("noun", "name", "hashed"), NOUNS)
+def test_files_written_before_read_and_write_as_they_are(tmp_path, noun, name, hashed):
+    stored = STORED / f"{name}.safetensors"
+    found = noun.load(stored)
+    assert found.content_hash() == hashed == found.to("cpu").content_hash()
+    found.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == stored.read_bytes()
+    for tensor in found._tensors().values():
+        assert tensor is artifact.row_major(tensor)
+
+
+@pytest.mark.parametrize(("noun", "name", "hashed"), NOUNS)
+def test_provenance_is_read_whatever_of_it_a_format_stores(noun, name, hashed):
+    found = noun.load(STORED / f"{name}.safetensors")
+    assert found.method in ("distilled", "conceptkit") and found.model
+    assert found.seed == (0 if noun is Decomposition else found.settings["seed"]) and (found.evals > 0) == (noun is Decomposition)
+
+
+@pytest.mark.parametrize(("noun", "name", "hashed"), NOUNS)
+def test_entries_that_a_format_has_not_are_refused(tmp_path, noun, name, hashed):
+    tensors = load_file(STORED / f"{name}.safetensors")
+    with safe_open(STORED / f"{name}.safetensors", "pt") as file:
+        header = json.loads(file.metadata()[artifact.KEY])
+    for change in ({"colour": "red"}, {"method": None}):
+        artifact.write(tmp_path / "a", tensors, {**header, **change}, overwrite=True)
+        with pytest.raises(ArtifactError, match="'colour'" if "colour" in change else "make it again"):
+            noun.load(tmp_path / "a")
+    artifact.write(tmp_path / "a", tensors, {key: value for key, value in header.items() if key != "method"}, overwrite=True)
+    with pytest.raises(ArtifactError, match="'method'"):
+        noun.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("noun", [Decomposition, ContextEdit])
+def test_every_format_can_be_migrated_from_its_first_version(noun):
+    assert set(noun.MIGRATIONS) == set(range(1, noun.VERSION))
+
+
+def test_a_checkpoint_is_continued_by_the_same_run_alone(tmp_path):
+    def checkpoint(path: Path | None, seed: int) -> Checkpoint:
+        return Checkpoint(path, "run", 1, {"given": torch.ones(2)}, {"seed": seed})
+
+    def state(header: artifact.Header) -> dict[str, artifact.Spec]:
+        return {"x": (torch.float32, (header["step"],))}
+
+    mine = checkpoint(tmp_path / "run", 0)
+    assert mine.load(state) is None
+    mine.save({"x": torch.ones(3)}, {"step": 3})
+    again = checkpoint(tmp_path / "run", 0).load(state)
+    assert again is not None and torch.equal(again[0]["x"], torch.ones(3)) and again[1]["step"] == 3
+    with pytest.raises(ArtifactError, match="other inputs"):
+        checkpoint(tmp_path / "run", 1).load(state)
+    mine.discard()
+    assert mine.load(state) is None and not list(tmp_path.iterdir())
+    nowhere = checkpoint(None, 0)
+    nowhere.save({"x": torch.ones(3)}, {"step": 3})
+    nowhere.discard()
+    assert nowhere.load(state) is None

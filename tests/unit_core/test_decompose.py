@@ -12,9 +12,9 @@ import pytest
 import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.decompose import Decomposition, Settings, decompose_concept
+from conceptkit.core.decompose.decomposition import FILLS_IN
 from conceptkit.core.decompose.distilled import ENOUGH
 from conceptkit.core.decompose.mixture import Mixture, SimplexDescent
-from conceptkit.core.decompose.result import FILLS_IN
 from conceptkit.core.decompose.search import Evidence, Search, padded
 from conceptkit.core.decompose.shown import Shown, show
 from conceptkit.core.decompose.sparse import LeastSquares, nnls, small_nnls
@@ -149,7 +149,7 @@ def test_the_result_is_a_point_of_the_simplex_that_says_what_it_cost() -> None:
     assert (found.evals, found.calls) == (model.meter.evals, model.meter.calls)
     assert all(0 <= step <= total for step, total in steps) and steps[-1][0] == steps[-1][1] and steps == sorted(steps)
     assert all(torch.equal(table, before[name]) for name, table in model.text.tables.items())
-    assert found.concept == "waa" and "waa" in found.summary() and found.attempts and any(a.kept for a in found.attempts)
+    assert found.concept == "waa" and "waa" in found.summary() and found.restarts and any(a.kept for a in found.restarts)
     assert set(found.seeds).isdisjoint(found.heldout_seeds)
 
 
@@ -265,8 +265,8 @@ def test_a_search_that_fails_tries_other_ways_and_says_so() -> None:
     """Two candidates that have nothing to do with the concept: nothing explains it, and the result does not claim to."""
     found = take_apart(world(), "wah", candidates=["wai", "waj"])
     assert not found.reliable and "do not explain" in found.summary()
-    assert [attempt.start for attempt in found.attempts] == ["linearised", "linearised again"]
-    assert sum(attempt.kept for attempt in found.attempts) == 1 and found.r2 < ENOUGH
+    assert [restart.start for restart in found.restarts] == ["linearised", "linearised again"]
+    assert sum(restart.kept for restart in found.restarts) == 1 and found.r2 < ENOUGH
 
 
 def test_cancelling_stops_within_one_call() -> None:
@@ -468,7 +468,7 @@ def test_a_stopped_run_goes_on_from_what_it_paid_for(tmp_path: Path) -> None:
 
         with pytest.raises(Stop):
             take_apart(model, "wab", checkpoint=path, on_step=stop)
-        with pytest.raises(ArtifactError, match="another decomposition"):
+        with pytest.raises(ArtifactError, match="other inputs"):
             take_apart(world(), "wab", checkpoint=path, seed=1)
         model, saved = world(), json.loads(safe_open(path, "pt").metadata()["conceptkit"])["evals"]
         resumed = take_apart(model, "wab", checkpoint=path)
@@ -492,7 +492,7 @@ def test_a_gradient_too_large_for_memory_is_taken_in_parts() -> None:
     found = take_apart(Model("sd1", "analytic", text, narrow), "wab")  # type: ignore[arg-type]
     assert found.words == take_apart(world(), "wab").words
     narrow.room = 0
-    with pytest.raises(OutOfMemory, match="smaller pictures"):
+    with pytest.raises(OutOfMemory, match="smaller images"):
         take_apart(Model("sd1", "analytic", text, narrow), "wab")  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conceptkit.core.decompose.result import fill
+from conceptkit.core.decompose.decomposition import fill
 from conceptkit.core.demo import render
 from conceptkit.core.demo.world import shapes_world
 from conceptkit.core.edit import solve_edit

@@ -311,7 +311,7 @@ def test_text_reads_every_word_of_a_phrase_but_the_small_ones() -> None:
     pool = {word: model.text.vocabulary[f"{word}</w>"] for word in NAMES if word not in ("waa", "wac")}
     teacher, empty = model.text.encode(["a photo of a waa of wac"]), model.text.encode([""])
     task = Task(model, "waa of wac", "waa of wac", "a photo of a {}", 2, pool, "", teacher, empty, None, 4, 4)
-    code, _ = text_codes(task, prompt_space(task), task.words)
+    code, _ = text_codes(task, prompt_space(task), task.max_words)
     assert {word for word, weight in zip(pool, code.tolist(), strict=True) if weight > 0.3} == {"wab", "wad"}
     assert float(code.sum()) == pytest.approx(1) and int((code > 0).sum()) == 2
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...decompose import Decomposition, decompose_concept
 from ...decompose.fidelity import explained
@@ -21,6 +22,7 @@ from ...demo import detect
 from ...demo.evaluate import GUIDANCE
 from ...demo.render import SIDE
 from ...demo.world import World
+from ...gradient import vjp
 from ...model import Conditioning, Model
 from ...vocabulary import WORD_END, is_unsafe, whole_words
 from ..frame import Result
@@ -112,13 +114,16 @@ def measure_oracle(model: str, world: str, word: str, pictures: int) -> Result:
     generator = torch.Generator().manual_seed(0)
     states = _states(loaded, teacher, range(_ORACLE_SEED + 5_000, _ORACLE_SEED + 5_008))
     related = torch.tensor([float(w in known.words[word].related) for w in words])
+
+    def missed(alpha: Tensor, batch: States, rows: slice) -> Tensor:
+        part = batch[rows]
+        return part.distance(loaded.denoise(part.x, part.sigma, mixture.encode(alpha[None]))) / len(batch)
+
     descent = SimplexDescent(0.8 * related / related.sum() + 0.2 / len(words), ORACLE, rate=0.05)
     for _ in range(ORACLE):
         batch = states[torch.randint(len(states), (8,), generator=generator)]
         alpha = descent.alpha.requires_grad_()
-        with torch.enable_grad():
-            loss = batch.distance(loaded.denoise(batch.x, batch.sigma, mixture.encode(alpha[None]))).mean()
-        descent.step(torch.autograd.grad(loss, alpha)[0])
+        descent.step(vjp(partial(missed, alpha, batch), [alpha], len(batch))[1][0])
     with torch.no_grad():
         found = mixture.encode(descent.alpha[None])
     (r2,) = fidelity(loaded, teacher, [found], _FIDELITY_SEED)

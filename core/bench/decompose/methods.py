@@ -22,7 +22,7 @@ ABLATIONS: Mapping[str, Mapping[str, float]] = {
     "quarter-of-the-words-searched": {"searched": 64},
 }
 """The default method without one of its ingredients, or with less of it: settings."""
-_SHARED = ("decompose.py", "fidelity.py", "mixture.py", "result.py", "shown.py", "sparse.py", "states.py", "task.py", "text.py")
+_SHARED = ("decompose.py", "decomposition.py", "fidelity.py", "mixture.py", "shown.py", "sparse.py", "states.py", "task.py", "text.py")
 _DISTILLED = (*_SHARED, "distilled.py", "search.py", "surrogate.py")
 SOURCES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("distilled", *ABLATIONS), _DISTILLED),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...decompose.result import fill
+from ...decompose.decomposition import fill
 from ...demo import render
 from ...demo.world import World
 from ...edit import Concept, ContextEdit

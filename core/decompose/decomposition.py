@@ -5,26 +5,38 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..artifact import ArtifactError, Header, Spec, content_hash, read, row_major, write, write_bytes
+from ..artifact import (
+    Header,
+    Migration,
+    Noun,
+    Spec,
+    as_flag,
+    as_list,
+    as_mapping,
+    as_number,
+    as_provenance,
+    as_text,
+    as_texts,
+    as_whole,
+    write_bytes,
+)
 from ..model import Conditioning, Prompt, TextEncoder
 from ..vocabulary import token_of
 
-FORMAT, VERSION = "conceptkit-decomposition", 2
 RELIABLE_R2 = 0.8
 """Held-out R2 from which a decomposition is taken to explain its concept."""
 FILLS_IN = 0.02
 """Importance below which a word only fills in: it helps the mixture and shows next to nothing of the concept. The largest round number that
 leaves every right word of the demo model's tuned half (0.021 and more); its other fillers have 0.009 at most."""
-_TEXT, _LIST = 4096, 65536  # the longest text and list a file may hold
 _EMBEDDING_KEYS = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}  # what ComfyUI calls the text encoders
 
 
@@ -76,7 +88,7 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Restart:
     """One descent of the fit: how it was started, the R2 it reached on the states it was judged by, and whether it was kept."""
 
     start: str
@@ -84,8 +96,13 @@ class Attempt:
     kept: bool
 
 
+def _from_version_1(header: Header) -> Header:
+    """Before fillers were told apart. Importance was measured otherwise there, and is no longer comparable."""
+    return {**header, "fillers": [], "importance": None}
+
+
 @dataclass(frozen=True, eq=False)
-class Decomposition:
+class Decomposition(Noun):
     """A concept w* = normalised sum of ``alpha_i`` times the token embeddings of ``words``.
 
     ``alpha``: (words,), >= 0, sums to 1, float32, CPU. ``importance`` (delta R2): what the words show of the concept by themselves
@@ -96,11 +113,17 @@ class Decomposition:
     ``candidates``: how many words could be chosen, ``excluded``: which could not, in one phrase. ``clusters``: words that say nearly the
     same, so that only their shares together mean much. ``selected``: what chose among several results of a method, if anything did.
     ``edits``: how it was changed since; ``fidelity`` and ``importance`` are None then, as they are where nothing was measured.
-    ``versions``: of what computed it.
+    ``versions``: of what computed it. Further fields are those of `Provenance`.
 
     Raises ValueError when lengths disagree, weights are no point of the simplex, or the template lacks its ``{}``.
     Source: Chefer et al., "The Hidden Language of Diffusion Models", ICLR 2024, for the object.
     """
+
+    FORMAT: ClassVar[str] = "conceptkit-decomposition"
+    VERSION: ClassVar[int] = 2
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {1: _from_version_1}
+    TENSORS: ClassVar[tuple[str, ...]] = ("alpha", "embeddings")
+    UNHASHED: ClassVar[Header] = {"versions": {}, "model": "", "excluded": "", "selected": ""}
 
     concept: str
     template: str
@@ -111,16 +134,10 @@ class Decomposition:
     fidelity: Fidelity | None
     embeddings: Mapping[str, Tensor]
     norms: Mapping[str, float]
-    method: str
-    seed: int
     seeds: tuple[int, ...]
     heldout_seeds: tuple[int, ...]
-    settings: Mapping[str, float]
     candidates: int
-    attempts: tuple[Attempt, ...]
-    evals: int
-    calls: int
-    model: str = ""
+    restarts: tuple[Restart, ...]
     budget: str = ""
     size: tuple[int, int] = (0, 0)
     excluded: str = ""
@@ -151,8 +168,8 @@ class Decomposition:
             raise ValueError("clusters are made of the words, each in one cluster at most")
         if not set(self.fillers) <= set(self.words):
             raise ValueError("fillers are some of the words")
-        object.__setattr__(self, "alpha", row_major(self.alpha))
-        object.__setattr__(self, "embeddings", {name: row_major(rows) for name, rows in self.embeddings.items()})
+        object.__setattr__(self, "alpha", self.alpha.cpu())
+        super().__post_init__()
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -195,10 +212,6 @@ class Decomposition:
             embeddings={name: rows[order.to(rows.device)] for name, rows in self.embeddings.items()},
             fillers=tuple(words[i] for i in range(1, len(words)) if float(importance[order[i]]) < FILLS_IN),
         )
-
-    def to(self, device: torch.device | str) -> Decomposition:
-        """The same decomposition with its embeddings on ``device``."""
-        return replace(self, embeddings={name: rows.to(device) for name, rows in self.embeddings.items()})
 
     def reweighted(self, multipliers: Mapping[str, float]) -> Decomposition:
         """Each word's weight times its multiplier (1 where none is given; 0 removes the word), renormalised, strongest word first.
@@ -297,35 +310,6 @@ class Decomposition:
             edits=(*self.edits, *edits),
         )
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write it as an artifact; ``load`` gives it back bit for bit. Raises ArtifactError as ``artifact.write`` does.
-
-        An equal result that is there already stays as it is, whatever versions made it.
-        """
-        if overwrite or not self._lies_at(Path(path)):
-            write(path, self._tensors(), self._header(), overwrite=overwrite)
-
-    def _lies_at(self, path: Path) -> bool:
-        if not path.is_file():
-            return False
-        try:
-            return Decomposition.load(path).content_hash() == self.content_hash()
-        except ArtifactError:
-            return False
-
-    @classmethod
-    def load(cls, path: str | Path) -> Decomposition:
-        """Read what ``save`` wrote, on the CPU. The file is untrusted: raises ArtifactError for anything amiss in it."""
-        tensors, header = read(path, FORMAT, VERSION, _layout, {1: _from_version_1})
-        try:
-            return cls(**_fields(header, tensors))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} is no valid decomposition ({error}): make it again") from error
-
-    def content_hash(self) -> str:
-        """SHA-256 (hex) of everything but ``versions``, the model's name and phrases for people: equal results have equal hashes."""
-        return content_hash(self._tensors(), {**self._header(), "versions": {}, "model": "", "excluded": "", "selected": ""})
-
     def save_embedding(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write w* as a textual-inversion embedding (safetensors) that works where this project is not installed.
 
@@ -384,108 +368,50 @@ class Decomposition:
             lines.append(f"left out: {self.excluded}")
         return "\n".join(lines)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {"alpha": self.alpha, **{f"embeddings.{name}": rows for name, rows in self.embeddings.items()}}
-
-    def _header(self) -> Header:
-        left_out = {"alpha", "embeddings", "fidelity", "attempts"}
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
-        plain |= {"norms": dict(self.norms), "settings": dict(self.settings), "versions": dict(self.versions)}
+    def _content(self) -> Header:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*self.TENSORS, "restarts")}
+        own |= {name: dict(own[name]) for name in ("norms", "settings", "versions")}
         fidelity = None if self.fidelity is None else asdict(self.fidelity)
-        return {"format": FORMAT, "version": VERSION, **plain, "fidelity": fidelity, "attempts": [asdict(a) for a in self.attempts]}
+        return {**own, "fidelity": fidelity, "attempts": [asdict(restart) for restart in self.restarts]}
 
+    @classmethod
+    def _layout(cls, header: Header) -> dict[str, Spec]:
+        count = len(as_texts(header["words"]))
+        rows: Spec = (torch.float32, (count, None))
+        return {"alpha": (torch.float32, (count,)), **{f"embeddings.{name}": rows for name in as_mapping(header["norms"])}}
 
-def _from_version_1(header: Header) -> Header:
-    """Before fillers were told apart. Importance was measured otherwise there, and is no longer comparable."""
-    return {**header, "fillers": [], "importance": None}
-
-
-def _layout(header: Header) -> dict[str, Spec]:
-    count = len(_texts(header["words"]))
-    return {"alpha": (torch.float32, (count,))} | {
-        f"embeddings.{name}": (torch.float32, (count, None)) for name in _mapping(header["norms"])
-    }
-
-
-def _fields(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The constructor's arguments from an untrusted header, each of its type and of bounded length. Raises as parsing does."""
-    unexpected = set(header) - set(Decomposition.__dataclass_fields__) - {"format", "version"}
-    if unexpected:
-        raise ValueError(f"unknown entries {', '.join(sorted(unexpected)[:4])}")
-    fidelity, importance = header["fidelity"], header["importance"]
-    return {
-        **{name: _text(header[name]) for name in ("concept", "template", "method", "model", "budget", "excluded", "selected")},
-        **{name: _texts(header[name]) for name in ("words", "fillers", "edits")},
-        **{name: tuple(_whole(n) for n in _list(header[name])) for name in ("ids", "seeds", "heldout_seeds")},
-        **{name: _whole(header[name]) for name in ("seed", "candidates", "evals", "calls")},
-        "importance": None if importance is None else tuple(_number(n) for n in _list(importance)),
-        "fidelity": None if fidelity is None else _fidelity(_mapping(fidelity)),
-        "attempts": tuple(_attempt(_mapping(attempt)) for attempt in _list(header["attempts"])),
-        "clusters": tuple(_texts(cluster) for cluster in _list(header["clusters"])),
-        "size": _size(_list(header["size"])),
-        "norms": {name: _number(value) for name, value in _mapping(header["norms"]).items()},
-        "settings": {name: _number(value) for name, value in _mapping(header["settings"]).items()},
-        "versions": {name: _text(value) for name, value in _mapping(header["versions"]).items()},
-        "alpha": tensors["alpha"],
-        "embeddings": {name: tensors[f"embeddings.{name}"] for name in header["norms"]},
-    }
+    @classmethod
+    def _from(cls, header: Header, tensors: Mapping[str, Tensor]) -> Decomposition:
+        fidelity, importance = header["fidelity"], header["importance"]
+        height, width = map(as_whole, as_list(header["size"]))
+        plain: dict[str, Any] = {
+            **as_provenance(header),
+            **{name: as_text(header[name]) for name in ("concept", "template", "budget", "excluded", "selected")},
+            **{name: as_texts(header[name]) for name in ("words", "fillers", "edits")},
+            **{name: tuple(map(as_whole, as_list(header[name]))) for name in ("ids", "seeds", "heldout_seeds")},
+        }
+        return cls(
+            **plain,
+            candidates=as_whole(header["candidates"]),
+            importance=None if importance is None else tuple(map(as_number, as_list(importance))),
+            fidelity=None if fidelity is None else _fidelity(as_mapping(fidelity)),
+            restarts=tuple(_restart(as_mapping(restart)) for restart in as_list(header["attempts"])),
+            clusters=tuple(map(as_texts, as_list(header["clusters"]))),
+            size=(height, width),
+            norms={name: as_number(value) for name, value in as_mapping(header["norms"]).items()},
+            versions={name: as_text(value) for name, value in as_mapping(header["versions"]).items()},
+            alpha=tensors["alpha"],
+            embeddings={name: tensors[f"embeddings.{name}"] for name in header["norms"]},
+        )
 
 
 def _fidelity(value: Mapping[str, Any]) -> Fidelity:
     levels = tuple(
-        LevelR2(_number(level["low"]), _number(level["high"]), _number(level["r2"])) for level in map(_mapping, _list(value["levels"]))
+        LevelR2(*(as_number(level[name]) for name in ("low", "high", "r2"))) for level in map(as_mapping, as_list(value["levels"]))
     )
-    fitted, every_word = (None if value[name] is None else _number(value[name]) for name in ("fitted", "every_word"))
-    return Fidelity(_number(value["heldout"]), fitted, levels, every_word)
+    fitted, every_word = (None if value[name] is None else as_number(value[name]) for name in ("fitted", "every_word"))
+    return Fidelity(as_number(value["heldout"]), fitted, levels, every_word)
 
 
-def _attempt(value: Mapping[str, Any]) -> Attempt:
-    return Attempt(_text(value["start"]), _number(value["r2"]), _typed(value["kept"], bool))
-
-
-def _size(value: Sequence[Any]) -> tuple[int, int]:
-    height, width = value
-    return _whole(height), _whole(width)
-
-
-_T = TypeVar("_T")
-
-
-def _typed(value: Any, kind: type[_T]) -> _T:
-    if type(value) is not kind:
-        raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if len(_typed(value, str)) > _TEXT:
-        raise ValueError(f"a text of {len(value)} characters is too long")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if not 0 <= _typed(value, int) < 2**64:
-        raise ValueError("a whole number is out of range")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) <= 1e300:
-        raise TypeError(f"{str(value)[:40]!r} is no finite number")
-    return float(value)
-
-
-def _list(value: Any) -> list[Any]:
-    if len(_typed(value, list)) > _LIST:
-        raise ValueError(f"a list of {len(value)} entries is too long")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(_text(text) for text in _list(value))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if len(_typed(value, dict)) > _LIST or any(len(name) > _TEXT for name in value):
-        raise ValueError("a mapping is too large")
-    return value
+def _restart(value: Mapping[str, Any]) -> Restart:
+    return Restart(as_text(value["start"]), as_number(value["r2"]), as_flag(value["kept"]))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conceptkit.core import __version__, artifact
 from conceptkit.core.artifact import ArtifactError
-from conceptkit.core.decompose import Attempt, Decomposition, Fidelity, LevelR2
+from conceptkit.core.decompose import Decomposition, Fidelity, LevelR2, Restart
 from conceptkit.core.model import Conditioning
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,7 +57,7 @@ def example(*encoders: str, **changes: object) -> Decomposition:
         heldout_seeds=(3,),
         settings={"steps": 12.0, "guidance": 4.1},
         candidates=500,
-        attempts=(Attempt("linearised", 0.9, False), Attempt("descent", 0.97, True)),
+        restarts=(Restart("linearised", 0.9, False), Restart("descent", 0.97, True)),
         evals=1234,
         calls=99,
         model="tiny",
@@ -77,7 +77,7 @@ def same(first: Decomposition, second: Decomposition) -> bool:
 
 
 @pytest.mark.law
-@pytest.mark.parametrize("found", [example(), example("l"), example(importance=None, fidelity=None, attempts=(), clusters=())])
+@pytest.mark.parametrize("found", [example(), example("l"), example(importance=None, fidelity=None, restarts=(), clusters=())])
 def test_saved_and_loaded_it_is_the_same_bit_for_bit(found: Decomposition, tmp_path: Path) -> None:
     found.save(tmp_path / "bird.safetensors")
     loaded = Decomposition.load(tmp_path / "bird.safetensors")
@@ -110,7 +110,7 @@ def test_the_hash_follows_what_was_found_and_not_what_computed_it() -> None:
     assert found.content_hash() == example().content_hash() == example(versions={"torch": "3"}, model="renamed").content_hash()
     changes = [
         {"concept": "cat"}, {"seed": 1}, {"evals": 1}, {"alpha": found.alpha.flip(0)}, {"fidelity": None}, {"edits": ("x",)},
-        {"fillers": ("red",)}, {"embeddings": {n: r + 1 for n, r in found.embeddings.items()}}, {"attempts": ()}, {"settings": {}},
+        {"fillers": ("red",)}, {"embeddings": {n: r + 1 for n, r in found.embeddings.items()}}, {"restarts": ()}, {"settings": {}},
         {"size": (64, 64)},
     ]  # fmt: skip
     assert len({found.content_hash(), *(example(**change).content_hash() for change in changes)}) == len(changes) + 1
