@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from types import MappingProxyType
 
@@ -33,8 +33,6 @@ from .text import prompt_space, shortlist, text_codes
 
 logger = logging.getLogger(__name__)
 
-ENOUGH = 0.9
-"""Validation R2 from which the model is not linearised anew."""
 PLENTY = 0.95
 """Validation R2 from which no word is sought that fills in."""
 TOLD = 0.5
@@ -53,8 +51,7 @@ class Settings:
     pictures, validation, heldout: images sampled for the fit, for choosing and for measuring, 2 evals a step; steps, guidance: the
     sampler's. shown: words whose own predictions are looked at, at ``looked`` states. searched: words that sets are made of. rows: random
     projections that linearise the model at the concept, 3 evals each, ``batch`` at once. finalists: sets of words that the model itself
-    compares on ``judged`` states. refined: states of the Gauss-Newton step on the chosen weights. again: how often the model is linearised
-    anew, at the best words so far and with a third as many rows, where these explain too little. The rest weighs the `Evidence`:
+    compares on ``judged`` states. refined: states of the Gauss-Newton step on the chosen weights. The rest weighs the `Evidence`:
     measurements that the predictions of a mixture, what words show by themselves and the token's embedding count as, the last at most;
     fills: measurements that predictions count as where words only fill in.
     """
@@ -72,7 +69,6 @@ class Settings:
     finalists: int = 3
     judged: int = 20
     refined: int = 5
-    again: int = 1
     predictions_count: float = 12
     shown_count: float = 24
     embedding_count: float = 96
@@ -81,10 +77,10 @@ class Settings:
 
 BUDGETS: Mapping[str, Settings] = MappingProxyType(
     {
-        "fast": Settings(pictures=4, validation=2, heldout=2, steps=8, shown=24, looked=8, rows=64, finalists=2, judged=12, again=0),
+        "fast": Settings(pictures=4, validation=2, heldout=2, steps=8, shown=24, looked=8, rows=64, finalists=2, judged=12),
         "default": Settings(),
         "thorough": Settings(
-            pictures=12, validation=6, heldout=6, steps=16, shown=80, looked=24, rows=240, finalists=6, judged=48, refined=16, again=2
+            pictures=12, validation=6, heldout=6, steps=16, shown=80, looked=24, rows=240, finalists=6, judged=48, refined=16
         ),
     }
 )
@@ -106,9 +102,8 @@ class _Progress:
 
     states: States | None = None
     shown: Shown | None = None
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    restarts: list[tuple[str, float]] = field(default_factory=list)
-    alphas: list[Tensor] = field(default_factory=list)
+    rows: tuple[Tensor, Tensor] | None = None
+    found: tuple[Tensor, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ class _Fit:
         encoding = len(self.mixture) * _EXPANSIONS
         self.planned = 2 * images * options.steps + options.looked * self.looked + 3 * options.rows + tried + measuring
         words = {f"words.{name}": rows for name, rows in self.mixture.embeddings.items()}
-        self.checkpoint = task.resumable(_CHECKPOINT, 2, options, words, {"words": task.max_words})
+        self.checkpoint = task.resumable(_CHECKPOINT, 3, options, words, {"words": task.max_words})
         self.progress, evals, calls = self._resume()
         self.tally = Tally(task, self.planned, evals, calls, prompts=encoding)
 
@@ -160,17 +155,16 @@ class _Fit:
             progress.shown = show(self.model, prompts, looked.states, looked.weights, self.tally.report).extended(len(self.mixture))
             self._save()
         judged = self._draw(validation, options.judged, self._generator(1))
-        while not progress.restarts or (max(r2 for _, r2 in progress.restarts) < ENOUGH and len(progress.restarts) <= options.again):
-            alpha, r2 = self._searched(fitted, judged)
-            progress.restarts.append(("linearised again" if progress.restarts else "linearised", r2))
-            progress.alphas.append(alpha)
+        if progress.rows is None:
+            progress.rows = self._rows(fitted, self._generator(2))
             self._save()
-        return self._finish(validation, states[states.picture >= chooses])
+        if progress.found is None:
+            progress.found = self._refine(fitted, judged, *self._searched(progress.rows, progress.shown, judged))
+            self._save()
+        return self._finish(*progress.found, validation, states[states.picture >= chooses])
 
-    def _finish(self, validation: States, heldout: States) -> Decomposition:
-        options, task, restarts = self.options, self.task, self.progress.restarts
-        kept = max(range(len(restarts)), key=lambda i: restarts[i][1])
-        alpha = self.progress.alphas[kept]
+    def _finish(self, alpha: Tensor, r2: float, validation: States, heldout: States) -> Decomposition:
+        options, task = self.options, self.task
         chosen, alpha = self.mixture.choose(alpha.nonzero()[:, 0]), alpha[alpha > 0]
         lost = importance(chosen, validation, self.tally.report)
         measured = fidelity(chosen, alpha, heldout, self.tally.report)
@@ -184,7 +178,7 @@ class _Fit:
             ids=chosen.ids,
             alpha=alpha / alpha.sum(),
             importance=lost,
-            fidelity=replace(measured, fitted=restarts[kept][1]),
+            fidelity=replace(measured, fitted=r2),
             embeddings=chosen.embeddings,
             norms=chosen.norms,
             method="distilled",
@@ -193,7 +187,7 @@ class _Fit:
             heldout_seeds=tuple(self.seeds[options.pictures + options.validation :]),
             settings={name: float(value) for name, value in vars(options).items()},
             candidates=len(task.pool),
-            restarts=tuple(Restart(start, r2, kept=i == kept) for i, (start, r2) in enumerate(restarts)),
+            restarts=(Restart("linearised", r2, kept=True),),
             evals=evals,
             calls=calls,
             model=self.model.name,
@@ -216,27 +210,15 @@ class _Fit:
         device = states.x.device
         return _Sample(states[picked.to(device)], (count * chance[picked]).clamp_max(1).reciprocal().to(device))
 
-    def _searched(self, fitted: States, judged: _Sample) -> tuple[Tensor, float]:
-        """The best weights under the model linearised at the concept, and at the best words of every restart before, with their R2."""
-        progress, known, options = self.progress, len(self.progress.alphas), self.options
-        while len(progress.rows) <= known:
-            at = self.task.teacher
-            if progress.rows:
-                with torch.no_grad():
-                    at = self.mixture.encode(progress.alphas[len(progress.rows) - 1][None])
-            count = options.rows if not progress.rows else options.rows // 3
-            progress.rows.append(self._rows(fitted, at, count, self._generator(2 + len(progress.rows))))
-            self._save()
-        rows, offsets = (torch.cat(parts) for parts in zip(*progress.rows, strict=True))
+    def _searched(self, linearised: tuple[Tensor, Tensor], shown: Shown, judged: _Sample) -> tuple[Tensor, float]:
+        """The weights that account best for the concept by the model linearised at it, as the model judges them, and their R2."""
+        (rows, offsets), options, evidence = linearised, self.options, self._evidence()
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
-        assert progress.shown is not None
-        shown, evidence = progress.shown, self._evidence()
         found: dict[tuple[int, ...], tuple[Tensor, float]] = {}
         # What it is by its predictions and its embedding; then by its predictions and what words show.
         mixed = Search(surrogate, shown, replace(evidence, shown=0), self.count, self._pulse, found)
         mixed.add(top_k(code, size) for code in self.codes for size in range(1, self.count + 1))
-        mixed.add(progress.alphas)
         mixed.run()
         drawn = Search(surrogate, shown, replace(evidence, embedding=0), self.count, self._pulse, found)
         drawn.add(self._equal(subset) for subset in shown.first(min(self.count, _START)))
@@ -256,7 +238,7 @@ class _Fit:
             r2 = self._judge(judged, fuller)
             if float(r2.max()) > reached:
                 alpha, reached = fuller[int(r2.argmax())], float(r2.max())
-        return self._refine(fitted, judged, alpha, reached)
+        return alpha, reached
 
     def _evidence(self) -> Evidence:
         options, width = self.options, sum(rows.shape[1] for rows in self.mixture.embeddings.values())
@@ -269,29 +251,29 @@ class _Fit:
         alpha[list(subset)] = 1 / len(subset)
         return alpha
 
-    def _rows(self, states: States, at: Conditioning, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The model linearised at a conditioning: rows (n, size) and offsets (n,) of a `Surrogate`, not yet scaled.
+    def _rows(self, states: States, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The model linearised at the concept: rows (n, size) and offsets (n,) of a `Surrogate`, not yet scaled.
 
         Each is a random projection v of one state's residual; divided by the root of the state's probability, so that sum y^2 estimates
         the sum over all states.
         """
         rows, offsets = [], []
-        chance, flat_at = self._weights(states), flat(at)[0].detach().float()
-        for start in range(0, count, self.options.batch):
-            size = min(self.options.batch, count - start)
+        chance, concept = self._weights(states), flat(self.task.teacher)[0].detach().float()
+        for start in range(0, self.options.rows, self.options.batch):
+            size = min(self.options.batch, self.options.rows - start)
             picked = torch.multinomial(chance, size, replacement=True, generator=generator)
             batch = states[picked.to(states.x.device)]
             signs = (torch.randint(2, batch.x.shape, generator=generator) * 2.0 - 1).to(batch.x.device)
-            row, value = self._projected(batch, signs, at)
+            row, value = self._projected(batch, signs)
             scale = chance[picked].rsqrt().to(row.device)
             rows.append(row * scale[:, None])
-            offsets.append((row @ flat_at - value) * scale)
+            offsets.append((row @ concept - value) * scale)
             self.tally.report()
         return torch.cat(rows), torch.cat(offsets)
 
-    def _projected(self, states: States, signs: Tensor, at: Conditioning) -> tuple[Tensor, Tensor]:
-        """Gradients (n, size) in the conditioning, and values (n,), of each state's residual along ``signs``."""
-        variable = at.map(lambda t: t.detach().expand(len(states), *t.shape[1:]).clone().requires_grad_())
+    def _projected(self, states: States, signs: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (n, size) in the concept's conditioning, and values (n,), of each state's residual along ``signs``."""
+        variable = self.task.teacher.map(lambda t: t.detach().expand(len(states), *t.shape[1:]).clone().requires_grad_())
 
         def projected(rows: slice) -> Tensor:
             part = states[rows]
@@ -318,7 +300,7 @@ class _Fit:
         support = alpha.nonzero()[:, 0]
         if len(support) < 2 or not self.options.refined:
             return alpha, r2
-        sample = self._draw(fitted, self.options.refined, self._generator(100 + len(self.progress.alphas)))
+        sample = self._draw(fitted, self.options.refined, self._generator(100))
         states, scale = sample.states, (sample.weights.sqrt() / sample.states.sigma).view(-1, 1, 1, 1)
         probes = torch.cat([alpha[None], alpha + bump * torch.eye(len(alpha))[support]])
         with torch.no_grad():
@@ -343,13 +325,11 @@ class _Fit:
         progress = self.progress
         tensors = {} if progress.shown is None else {"shown": progress.shown.gram}
         tensors |= {} if progress.states is None else {f"states.{name}": tensor for name, tensor in vars(progress.states).items()}
-        for index, (rows, offsets) in enumerate(progress.rows):
-            tensors |= {f"rows.{index}": rows, f"offsets.{index}": offsets}
-        tensors |= {f"alpha.{index}": alpha for index, alpha in enumerate(progress.alphas)}
+        tensors |= {} if progress.rows is None else dict(zip(("rows", "offsets"), progress.rows, strict=True))
+        tensors |= {} if progress.found is None else {"alpha": progress.found[0]}
         header: Header = {
-            "shown": progress.shown is not None,
-            "linearised": len(progress.rows),
-            "attempts": progress.restarts,
+            "held": [name for name in _STAGES if getattr(progress, name) is not None],
+            "r2": None if progress.found is None else progress.found[1],
             "evals": self.tally.evals,
             "calls": self.tally.calls,
         }
@@ -361,23 +341,30 @@ class _Fit:
             return _Progress(), 0, 0
         tensors, header = stopped
         states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in States.layout("")})
-        at = self.task.teacher.context.device  # where gradients in the conditioning are
-        rows = [(tensors[f"rows.{i}"].to(at), tensors[f"offsets.{i}"].to(at)) for i in range(header["linearised"])]
-        restarts = [(str(start), float(r2)) for start, r2 in header["attempts"]]
-        alphas = [tensors[f"alpha.{i}"] for i in range(len(restarts))]
-        shown = Shown(tensors["shown"]) if "shown" in tensors else None
-        return _Progress(states, shown, rows, restarts, alphas), int(header["evals"]), int(header["calls"])
+        held, at = header["held"], self.task.teacher.context.device  # where gradients in the conditioning are
+        progress = _Progress(
+            states,
+            Shown(tensors["shown"]) if "shown" in held else None,
+            (tensors["rows"].to(at), tensors["offsets"].to(at)) if "rows" in held else None,
+            (tensors["alpha"], float(header["r2"])) if "found" in held else None,
+        )
+        return progress, int(header["evals"]), int(header["calls"])
+
+
+_STAGES = ("shown", "rows", "found")
+"""What is saved after the states, in this order."""
 
 
 def _layout(header: Header) -> dict[str, Spec]:
-    linearised, restarts = header["linearised"], len(header["attempts"])
-    if type(linearised) is not int or not 0 <= linearised <= restarts + 1:
-        raise ValueError(f"{linearised!r} linearisations do not go with {restarts} restarts")
-    layout: dict[str, Spec] = {"shown": (torch.float64, (None, None, None))} if header["shown"] is True else {}
-    layout |= States.layout("states.")
-    for index in range(linearised):
-        layout |= {f"rows.{index}": (torch.float32, (None, None)), f"offsets.{index}": (torch.float32, (None,))}
-    return layout | {f"alpha.{index}": (torch.float32, (None,)) for index in range(restarts)}
+    held = header["held"]
+    if held != list(_STAGES[: len(held)]):
+        raise ValueError(f"{held!r} are no stages in their order")
+    later: dict[str, dict[str, Spec]] = {
+        "shown": {"shown": (torch.float64, (None, None, None))},
+        "rows": {"rows": (torch.float32, (None, None)), "offsets": (torch.float32, (None,))},
+        "found": {"alpha": (torch.float32, (None,))},
+    }
+    return States.layout("states.") | {name: spec for stage in held for name, spec in later[stage].items()}
 
 
 def _row(conditioning: Conditioning, index: int) -> Conditioning:

@@ -13,7 +13,6 @@ import torch
 from conceptkit.core.artifact import ArtifactError
 from conceptkit.core.decompose import Decomposition, Settings, decompose_concept
 from conceptkit.core.decompose.decomposition import FILLS_IN
-from conceptkit.core.decompose.distilled import ENOUGH
 from conceptkit.core.decompose.mixture import Mixture, SimplexDescent
 from conceptkit.core.decompose.search import Evidence, Search, padded
 from conceptkit.core.decompose.shown import Shown, show
@@ -261,12 +260,11 @@ def test_a_phrase_is_taken_apart_too_without_its_own_words() -> None:
     assert not {"waf", "wag"} & set(found.words) and math.isfinite(found.r2)
 
 
-def test_a_search_that_fails_tries_other_ways_and_says_so() -> None:
+def test_a_search_that_fails_says_so() -> None:
     """Two candidates that have nothing to do with the concept: nothing explains it, and the result does not claim to."""
     found = take_apart(world(), "wah", candidates=["wai", "waj"])
     assert not found.reliable and "do not explain" in found.summary()
-    assert [restart.start for restart in found.restarts] == ["linearised", "linearised again"]
-    assert sum(restart.kept for restart in found.restarts) == 1 and found.r2 < ENOUGH
+    assert found.r2 < RELIABLE_R2
 
 
 def test_cancelling_stops_within_one_call() -> None:

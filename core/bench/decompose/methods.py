@@ -15,7 +15,6 @@ ABLATIONS: Mapping[str, Mapping[str, float]] = {
     "without-embedding": {"embedding_count": 0},
     "without-predictions": {"predictions_count": 0},
     "without-fillers": {"fills": 0},
-    "without-linearising-anew": {"again": 0},
     "without-refining": {"refined": 0},
     "half-the-rows": {"rows": 48},
     "half-the-words-looked-at": {"shown": 16},
