@@ -4,7 +4,7 @@ import importlib
 import json
 import sys
 
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.v0_0_2 import ComfyExtension, io
 
 
 class Probe(io.ComfyNode):

@@ -1,6 +1,7 @@
 """What tests ask of a running ComfyUI. Each function gets ``pack`` (imports a module of the pack), what is wired, and arguments."""
 
 import contextlib
+import copy
 import gc
 import hashlib
 import json
@@ -429,17 +430,23 @@ def refused(pack, wired, what):
 
 
 def dynamic(pack, wired):
-    """Where weights live in evictable memory the pack works on a copy of its own, and leaves nothing of it loaded."""
-    model, clip = wired["model"].clone(), wired["clip"].clone()
-    clip.patcher = clip.patcher.clone()
-    for patcher in (model, clip.patcher):
+    """Where weights live in evictable memory the pack works on copies of its own, and leaves nothing of them loaded."""
+    model, clip, vae = wired["model"].clone(), wired["clip"].clone(), copy.copy(wired["vae"])
+    clip.patcher, vae.patcher = clip.patcher.clone(), vae.patcher.clone()
+    for patcher in (model, clip.patcher, vae.patcher):
         patcher.is_dynamic = lambda: True
-    before = len(comfy.model_management.current_loaded_models)
-    with pack("nodes.comfy").graph_model(model, clip) as seen:
-        own = seen.denoiser._patcher.model is not model.model and seen.text._clip.cond_stage_model is not clip.cond_stage_model
+
+    def loaded():
+        return {id(entry.model.model) for entry in comfy.model_management.current_loaded_models if entry.model is not None}
+
+    before, theirs = loaded(), {id(model.model), id(clip.cond_stage_model), id(vae.first_stage_model)}
+    with pack("nodes.comfy").graph_model(model, clip, vae) as seen:
         context = seen.text.encode(["a red circle"]).context.requires_grad_()
-        seen.denoise(torch.zeros(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context)).sum().backward()
-    return {"own": own, "gradient": float(context.grad.norm()), "left": len(comfy.model_management.current_loaded_models) - before}
+        denoised = seen.denoise(torch.zeros(1, 4, 16, 16), 1.0, pack("core.model").Conditioning(context))
+        seen.autoencoder.decode(denoised).sum().backward()
+        used = loaded() - before
+    result = {"own": len(used) == 3 and not used & theirs, "gradient": float(context.grad.norm())}
+    return result | {"left": len(loaded() & used)}
 
 
 def large(pack, wired, cells):
