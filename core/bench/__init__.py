@@ -10,12 +10,14 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..phrases import parse_list
 
 if TYPE_CHECKING:
-    from .frame import Profile, Suite
+    from .frame import Suite
+
+Profile: TypeAlias = Literal["quick", "full"]
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from .. import __version__
+from . import Profile
 
-Profile: TypeAlias = Literal["quick", "full"]
 Result: TypeAlias = Mapping[str, Any]
 """What a job measured: plain JSON data. ``evals``: what it spent."""
 Say: TypeAlias = Callable[[str], None]

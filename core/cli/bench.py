@@ -5,11 +5,11 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from ..bench import Entry, suites
+from ..bench import Entry, Profile, suites
 from .frame import app
 
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks on the demo model, whose concepts are known.")
@@ -27,7 +27,7 @@ def _add(name: str, entry: Entry) -> None:
     @bench.command(name, help=entry.about)
     def command(
         path: Annotated[Path, typer.Option("--json", help="The file of the rows; made or replaced.")],
-        profile: Annotated[Literal["quick", "full"], typer.Option(help="Minutes on two cores, or hours.")] = "quick",
+        profile: Annotated[Profile, typer.Option(help="Minutes on two cores, or hours.")] = "quick",
         model: Annotated[str, typer.Option(help='"demo", or a checkpoint in its layout.')] = "demo",
         methods: Annotated[str, typer.Option(help=entry.methods)] = entry.listed,
         processes: Annotated[

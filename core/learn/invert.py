@@ -37,10 +37,10 @@ def invert_concept(
     uniform in training time, by Adam with a learning rate that decays to zero along a cosine. The model is frozen. All randomness comes
     from one generator on the CPU, so that the same arguments give the same rows. Costs 3 * batch * steps evals (in ``model.meter``).
 
-    images: (n, 3, height, width) in [0, 1], with sides that the autoencoder can halve as often as it does; a few are enough.
+    images: (n, 3, height, width) in [0, 1], with sides that are multiples of the model's downscale (8 for SD); the paper uses 3 to 5.
     start: the word to start from, one token. A word close to what the images show needs fewer steps, and leaves less to be learned.
     templates: prompts with ``{}`` in the concept's place, used in turn. Several keep what one wording adds out of the token.
-    steps: of gradient descent. Too few leave the token near ``start``; many fit the images' backgrounds and style, too.
+    steps: of gradient descent. Few leave the token near ``start``; many fit the images' backgrounds and style, too.
     batch: images a step, drawn with replacement. Memory grows with it, and the gradient's noise shrinks.
     rate: the first learning rate, in units of a table row's root mean square (mean length / sqrt(width)). Far above 0.1 the token leaves
         the region that the text encoder was trained on.

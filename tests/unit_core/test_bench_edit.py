@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conceptkit.core.bench import frame, worlds
+from conceptkit.core.bench import Profile, frame, worlds
 from conceptkit.core.bench.edit import attacks, measures, speed
 from conceptkit.core.bench.edit import suite as suite_module
 from conceptkit.core.bench.edit.cases import Counts, cases, joint_cases, neighbours, parts, synonyms, unrelated
@@ -244,7 +244,7 @@ def test_rows_and_bars_from_known_pictures() -> None:
 
 
 @pytest.mark.parametrize("profile", ["quick", "full"])
-def test_the_certificate_is_a_rank_correlation(profile: frame.Profile) -> None:
+def test_the_certificate_is_a_rank_correlation(profile: Profile) -> None:
     suite = EditSuite(profile)
     edits = [job for job in suite.jobs() if job.measure is measures.measure_edit]
     shares = {job.key: i / len(edits) for i, job in enumerate(edits)}

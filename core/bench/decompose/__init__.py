@@ -8,7 +8,8 @@ from .. import Entry, chosen
 from .methods import ABLATIONS, METHODS
 
 if TYPE_CHECKING:
-    from ..frame import Profile, Suite
+    from .. import Profile
+    from ..frame import Suite
 
 
 def _make(profile: Profile, model: str, methods: str) -> Suite:

@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from ...demo.world import second_world, shapes_world
-from ..frame import Bar, Job, Profile, Result
+from .. import Profile
+from ..frame import Bar, Job, Result
 from ..worlds import STEPS, WORLDS, halves, sampling_evals, source_digests, weights_digest
 from .figures import bars, method_row, natural_row, planted_row
 from .measures import DECOYS, FIDELITY_PICTURES, ORACLE, judged_count, measure_concept, measure_natural, measure_oracle, measure_planted

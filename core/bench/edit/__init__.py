@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 from .. import Entry, chosen
 
 if TYPE_CHECKING:
-    from ..frame import Profile, Suite
+    from .. import Profile
+    from ..frame import Suite
 
 
 def _make(profile: Profile, model: str, methods: str) -> Suite:
-    from ...edit import METHODS
-    from .suite import EditSuite
+    from .suite import EditSuite, erasing
 
-    erasing = [name for name, preset in METHODS.items() if not preset.balances]
-    return EditSuite(profile, model, chosen(erasing, methods))
+    return EditSuite(profile, model, chosen(erasing(), methods))
 
 
 ENTRY = Entry(

@@ -15,7 +15,8 @@ from typing import Any
 
 from ...demo.world import second_world, shapes_world
 from ...edit import METHODS
-from ..frame import Bar, Job, Profile, Result
+from .. import Profile
+from ..frame import Bar, Job, Result
 from ..worlds import sampling_evals, source_digests, weights_digest
 from .cases import Counts, concept_of, of_kinds
 from .figures import DEFAULT, ablation_row, bars, certificate_row, erase_row, joint_rows, kinds_row, seen_of
@@ -94,6 +95,11 @@ SIZES: Mapping[Profile, Size] = {
 }
 
 
+def erasing() -> tuple[str, ...]:
+    """The methods that erase, the default first."""
+    return tuple(name for name, preset in METHODS.items() if not preset.balances)
+
+
 @dataclass(frozen=True)
 class EditSuite:
     """The suite for a model of the first world; ``methods``: which to measure, those of the profile unless given."""
@@ -114,9 +120,8 @@ class EditSuite:
 
     @cached_property
     def measured(self) -> tuple[str, ...]:
-        """The methods that erase, the default first."""
-        every = tuple(name for name, preset in METHODS.items() if not preset.balances)
-        return self.methods or (QUICK_METHODS if self.profile == "quick" else every)
+        """The methods that this suite measures, the default first."""
+        return self.methods or (QUICK_METHODS if self.profile == "quick" else erasing())
 
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
