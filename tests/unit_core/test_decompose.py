@@ -264,7 +264,6 @@ def test_a_search_that_fails_says_so() -> None:
     """Two candidates that have nothing to do with the concept: nothing explains it, and the result does not claim to."""
     found = take_apart(world(), "wah", candidates=["wai", "waj"])
     assert not found.reliable and "do not explain" in found.summary()
-    assert found.r2 < RELIABLE_R2
 
 
 def test_cancelling_stops_within_one_call() -> None:
