@@ -556,12 +556,11 @@ def _load(source: str, device: str) -> Model:
 
 
 def _side(model: Model, size: int | None) -> int:
-    from .hosts.diffusers import DiffusersDenoiser
-
+    denoiser = model.require_denoiser()
     if size is None:
-        return model.denoiser.side if isinstance(model.denoiser, DiffusersDenoiser) else 512
-    if size % (8 * model.denoiser.downscale):
-        raise ValueError(f"pictures of {size} pixels do not fit the model's grid: choose a multiple of {8 * model.denoiser.downscale}")
+        return denoiser.side
+    if size % (8 * denoiser.downscale):
+        raise ValueError(f"pictures of {size} pixels do not fit the model's grid: choose a multiple of {8 * denoiser.downscale}")
     return size
 
 

@@ -81,7 +81,7 @@ def sample(
         raise ValueError("sigmas must descend, to 0 or above, and hold at least two levels")
     if guidance != 1 and negative is None:
         raise ValueError("guidance other than 1 needs a negative conditioning: encode the empty prompt, or set guidance to 1")
-    device, batch = model.denoiser.device, noise.shape[0]
+    denoiser, batch = model.require_denoiser(), noise.shape[0]
     both = positive.expand(batch)
     if guidance != 1 and negative is not None:
         both = Conditioning.cat([both, negative.expand(batch)])
@@ -95,11 +95,11 @@ def sample(
             on_prediction(x, sigma, cond, uncond)
         return cond if uncond is None else uncond + guidance * (cond - uncond)
 
-    sigmas = sigmas.to(device=device, dtype=torch.float32)
-    largest = float(model.denoiser.training_sigmas[-1])
+    sigmas = sigmas.to(device=denoiser.device, dtype=torch.float32)
+    largest = float(denoiser.training_sigmas[-1])
     first = float(sigmas[0])
     pure = first > largest or math.isclose(first, largest, rel_tol=1e-5)
-    latents = noise.to(device=device, dtype=torch.float32) * ((1 + sigmas[0] ** 2).sqrt() if pure else sigmas[0])
+    latents = noise.to(device=denoiser.device, dtype=torch.float32) * ((1 + sigmas[0] ** 2).sqrt() if pure else sigmas[0])
     states = _SAMPLERS[sampler](predict, latents, sigmas)
     total = len(sigmas) - 1
     for step in range(1, total + 1):
@@ -133,13 +133,14 @@ def draw(
         raise UnsupportedModel(
             f"{model.name} has no autoencoder to draw pictures with: connect the VAE of the same checkpoint, or choose a complete pipeline"
         )
-    cells = [side // model.denoiser.downscale for side in (height, width)]
-    sigmas = schedule(model.denoiser, steps)
+    denoiser = model.require_denoiser()
+    cells = [side // denoiser.downscale for side in (height, width)]
+    sigmas = schedule(denoiser, steps)
     starts = range(0, len(seeds), batch or len(seeds))
     pictures = []
     for number, start in enumerate(starts):
         rows = slice(start, start + starts.step)
-        noise = initial_noise(seeds[rows], model.denoiser.latent_channels, *cells)
+        noise = initial_noise(seeds[rows], denoiser.latent_channels, *cells)
         prompts = positive if len(positive) == 1 else positive.map(itemgetter(rows))
         told = part_of(on_step, number, len(starts))
         latents = sample(model, prompts, negative, noise, sigmas, guidance=guidance, sampler=sampler, on_step=told)

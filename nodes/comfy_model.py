@@ -565,6 +565,10 @@ class GraphDenoiser:
         return 8
 
     @property
+    def side(self) -> int:
+        return trained_side(self._patcher)
+
+    @property
     def training_sigmas(self) -> Tensor:
         return self._sigmas
 

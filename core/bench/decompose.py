@@ -340,7 +340,7 @@ def measure_oracle(model: str, world: str, word: str, pictures: int) -> Result:
     teacher, empty = loaded.text.encode([TEMPLATE.replace("{}", word)]), loaded.text.encode([""])
     words = _dictionary(model, known, {word} | _synonyms(known, [word]), 0)
     mixture = Mixture.of(loaded, TEMPLATE, {w: loaded.text.vocabulary[w + WORD_END] for w in words})
-    cells, generator = SIDE // loaded.denoiser.downscale, torch.Generator().manual_seed(0)
+    cells, generator = SIDE // loaded.require_denoiser().downscale, torch.Generator().manual_seed(0)
     seeds = range(_ORACLE_SEED + 5_000, _ORACLE_SEED + 5_008)
     states = harvest(loaded, teacher, empty, seeds, height=cells, width=cells, steps=STEPS, guidance=_guidance())
     related = torch.tensor([float(w in known.words[word].related) for w in words])
@@ -371,7 +371,7 @@ def fidelity(model: Model, concept: Conditioning, others: Sequence[Conditioning]
     from ..decompose.fidelity import explained
     from ..decompose.states import distances, harvest
 
-    cells = SIDE // model.denoiser.downscale
+    cells = SIDE // model.require_denoiser().downscale
     seeds = range(seed, seed + FIDELITY_PICTURES)
     empty = model.text.encode([""])
     states = harvest(model, concept, empty, seeds, height=cells, width=cells, steps=STEPS, guidance=_guidance())

@@ -540,7 +540,7 @@ def inverted(model: Model, world: World, concept: Concept, edit: ContextEdit | N
     groups = [{"params": [row], "lr": LEARN_RATE * norm[name] / row.shape[-1] ** 0.5} for name, row in rows.items()]
     optimiser = torch.optim.Adam(groups)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    sigmas = model.denoiser.training_sigmas
+    sigmas = model.require_denoiser().training_sigmas
     for _ in range(steps):
         index = torch.randint(len(latents), (LEARN_BATCH,), generator=generator)
         sigma = sigmas[torch.randint(len(sigmas), (LEARN_BATCH,), generator=generator)]

@@ -77,9 +77,10 @@ def decompose_concept(
         raise ValueError(f"ask for at least 1 word, got {words}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"the seed must be a whole number from 0 to 2^63 - 1, got {seed}")
-    cells = [side // model.denoiser.downscale for side in (height, width)]
+    downscale = model.require_denoiser().downscale
+    cells = [side // downscale for side in (height, width)]
     if min(cells) < 1:
-        raise ValueError(f"pictures of {width}x{height} pixels are too small: the model needs at least {model.denoiser.downscale}")
+        raise ValueError(f"pictures of {width}x{height} pixels are too small: the model needs at least {downscale}")
     name = concept.strip() if isinstance(concept, str) else None
     if name is not None:
         _check_concept(model, name)

@@ -360,7 +360,8 @@ class _Fit:
         if stopped is None:
             return _Progress(), 0, 0
         tensors, header = stopped
-        states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in States.layout("")})
+        device = self.model.require_denoiser().device
+        states = States(**{name: tensors[f"states.{name}"].to(device) for name in States.layout("")})
         at = self.task.teacher.context.device  # where gradients in the conditioning are
         rows = [(tensors[f"rows.{i}"].to(at), tensors[f"offsets.{i}"].to(at)) for i in range(header["linearised"])]
         restarts = [(str(start), float(r2)) for start, r2 in header["attempts"]]

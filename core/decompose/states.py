@@ -70,7 +70,8 @@ def harvest(
 
     height and width count latent cells. With guidance 1, where a sampler skips the empty prompt, it is evaluated afterwards.
     """
-    sigmas = schedule(model.denoiser, steps)
+    denoiser = model.require_denoiser()
+    sigmas = schedule(denoiser, steps)
     parts: list[States] = []
     for start in range(0, len(seeds), batch):
         chosen = seeds[start : start + batch]
@@ -81,7 +82,7 @@ def harvest(
             pictures = torch.arange(start, start + len(chosen), device=x.device)
             parts.append(States(x.clone(), sigma.expand(len(chosen)), cond.clone(), uncond.clone(), pictures))
 
-        noise = initial_noise(chosen, model.denoiser.latent_channels, height, width)
+        noise = initial_noise(chosen, denoiser.latent_channels, height, width)
         with torch.no_grad():
             sample(model, teacher, empty, noise, sigmas, guidance=guidance, on_prediction=keep, on_step=on_step)
     return States(

@@ -74,7 +74,7 @@ class Text:
 class Denoiser:
     """x0 given the last context row: 12 Gaussians whose weights and common shift depend on it; the posterior mean is exact."""
 
-    latent_channels, downscale, device = 2, 8, torch.device("cpu")
+    latent_channels, downscale, side, device = 2, 8, 32, torch.device("cpu")
     cells, scale = 4, 0.35
 
     def __init__(self, text: Text, broken: bool = False) -> None:
