@@ -289,7 +289,10 @@ class DiffusersCrossAttention:
 
 
 class DiffusersAutoencoder:
-    """``core.model.Autoencoder`` over diffusers' AutoencoderKL (the posterior's mode) or AutoencoderTiny."""
+    """``core.model.Autoencoder`` over diffusers' AutoencoderKL (the posterior's mode) or AutoencoderTiny.
+
+    Differentiable both ways when gradients are enabled; 0 where a decoded image was clamped.
+    """
 
     def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
         self._vae = vae
@@ -308,7 +311,7 @@ class DiffusersAutoencoder:
         return (latents.float() - self._shift) * self._scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures in [0, 1], clamped."""
+        """Images in [0, 1], clamped."""
         latents = latents / self._scale + self._shift
         pictures: Tensor = self._vae.decode(latents.to(self._vae.device, self._vae.dtype), return_dict=False)[0]
         return ((pictures.float() + 1) / 2).clamp(0, 1)
