@@ -181,11 +181,13 @@ class _Run:
 
     def run(self) -> Decomposition:
         options, task = self.options, self.task
+        # What the concept itself looks like, to train on and to compare with.
         if not self._resumed():
             self.latents, self.seen = self._pictures()
             self.references = self._compared_with()
             self.best = torch.zeros(0)
         self.mixture = self._filtered(Mixture.of(self.model, task.template, task.pool))
+        # Train, and validate now and then: the best validation is kept.
         features = torch.cat([rows.float().to(self.device) for rows in self.mixture.embeddings.values()], dim=1)
         while self.step < options.steps:
             if self.step % options.every == 0:

@@ -148,17 +148,20 @@ class _Fit:
 
     def run(self) -> Decomposition:
         options, progress = self.options, self.progress
+        # What the model predicts for the concept, on images that fit, that choose and that measure.
         if progress.states is None:
             progress.states = sampled_states(self.task, self.seeds, options.steps, options.guidance, self.tally.report)
             self._save()
         states, chooses = progress.states, options.pictures + options.validation
         fitted = states[states.picture < options.pictures]
         validation = states[(states.picture >= options.pictures) & (states.picture < chooses)]
+        # What the likeliest words show by themselves.
         if progress.shown is None:
             looked = self._draw(fitted, options.looked, self._generator(50))
             prompts = self.model.encode([fill(self.task.template, word) for word in self.mixture.words[: self.looked]])
             progress.shown = show(self.model, prompts, looked.states, looked.weights, self.tally.report).extended(len(self.mixture))
             self._save()
+        # Search under the model linearised at the concept, then at the words found, until these explain enough.
         judged = self._draw(validation, options.judged, self._generator(1))
         while not progress.restarts or (max(r2 for _, r2 in progress.restarts) < ENOUGH and len(progress.restarts) <= options.again):
             alpha, r2 = self._searched(fitted, judged)
@@ -219,6 +222,7 @@ class _Fit:
     def _searched(self, fitted: States, judged: _Sample) -> tuple[Tensor, float]:
         """The best weights under the model linearised at the concept, and at the best words of every restart before, with their R2."""
         progress, known, options = self.progress, len(self.progress.alphas), self.options
+        # The surrogate: all linearisations so far, in units of what the concept changes.
         while len(progress.rows) <= known:
             at = self.task.teacher
             if progress.rows:
@@ -233,7 +237,7 @@ class _Fit:
         assert progress.shown is not None
         shown, evidence = progress.shown, self._evidence()
         found: dict[tuple[int, ...], tuple[Tensor, float]] = {}
-        # What it is by its predictions and its embedding; then by its predictions and what words show.
+        # Two searches that share what they find: by predictions and embedding; then by predictions and what words show.
         mixed = Search(surrogate, shown, replace(evidence, shown=0), self.count, self._pulse, found)
         mixed.add(top_k(code, size) for code in self.codes for size in range(1, self.count + 1))
         mixed.add(progress.alphas)
@@ -241,12 +245,14 @@ class _Fit:
         drawn = Search(surrogate, shown, replace(evidence, embedding=0), self.count, self._pulse, found)
         drawn.add(self._equal(subset) for subset in shown.first(min(self.count, _START)))
         drawn.run()
+        # The model itself compares the best of both, on states that fitted nothing.
         finalists = list(dict.fromkeys([*drawn.best(1), *mixed.best(options.finalists - 1)]))
         alphas = torch.stack([found[subset][0] for subset in finalists])
         r2, told = self._judge(judged, alphas), shown.r2(padded(finalists))
         sizes = torch.tensor([len(subset) for subset in finalists])
         best = int(evidence(r2, told, surrogate.cosine(alphas), sizes).argmax())
         alpha, reached = alphas[best], float(r2[best])
+        # Where that explains too little, other words may fill in.
         if reached < PLENTY and len(finalists[best]) < self.count:
             kept = finalists[best] if float(told[best]) >= TOLD else ()
             alone = replace(evidence, predictions=options.fills, shown=0, embedding=0)

@@ -406,6 +406,7 @@ def _assemble(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Model:
+    # The text encoders, with the layers and the padding that the family's UNet was trained on.
     names = {"sd1": "l", "sd2": "h", "sdxl": "lg"}[family]
     encoders = []
     for encoder_name, text in zip(names, texts, strict=True):
@@ -418,6 +419,7 @@ def _assemble(
         # CLIP-L is padded with the end token, the OpenCLIP encoders with 0.
         pad = int(tokenizer.eos_token_id) if encoder_name == "l" else 0
         encoders.append(_Encoder(encoder_name, _frozen(text, device, torch.float32), layers, family != "sdxl", pad))
+    # Parts of different models may load without an error, and mean nothing to each other.
     width = sum(encoder.table.shape[1] for encoder in encoders)
     if width != unet.config.cross_attention_dim:
         raise ValueError(
@@ -431,6 +433,7 @@ def _assemble(
         wanted = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
         if encoders[-1].module.text_projection.out_features != wanted:
             raise ValueError(f"the second text encoder of {name} does not fit its UNet, which reads a pooled text {wanted} wide")
+    # The parts as methods see them.
     sigmas, v_prediction = _noise_levels(scheduler, name)
     autoencoder, downscale = None, 8
     if vae is not None:
