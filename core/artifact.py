@@ -169,7 +169,11 @@ def read(
 ) -> tuple[dict[str, Tensor], Header]:
     """Tensors (CPU, owning their memory) and header of an artifact of this format, the header as ``version`` writes it.
 
-    migrations: per older version that can be read, the step to the version after it. They run in turn, before ``layout`` reads the header.
+    path: the file, which is untrusted.
+    format, version: what it must be. A newer version is refused.
+    layout: the tensors that its header promises. A file with any other, or without one of them, is refused.
+    migrations: per older version that can be read, the step to the version after it. They run in turn, before ``layout`` reads the header;
+        a version without one is refused.
 
     Raises ArtifactError for a missing, truncated or hostile file, another format, a newer version or an older one without a migration,
     a header that ``layout`` or a migration cannot make sense of, a tensor that is missing, unexpected or of another type or shape, and

@@ -129,6 +129,10 @@ class Denoiser(Protocol):
         """Pixels per latent cell along one side (8 for SD)."""
 
     @property
+    def side(self) -> int:
+        """Pixels along one side of the square images the model was trained on."""
+
+    @property
     def training_sigmas(self) -> Tensor:
         """The training schedule's noise levels, ascending, (timesteps,), float32, CPU."""
 
@@ -144,7 +148,7 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """Pictures (batch, 3, height, width) in [0, 1] to latents in the model's own space, and back."""
+    """Images (batch, 3, height, width) in [0, 1] to latents in the model's own space, and back."""
 
     def encode(self, pictures: Tensor) -> Tensor: ...
 
@@ -202,12 +206,16 @@ class Meter:
 
 @dataclass(frozen=True)
 class Model:
-    """A host's model as methods see it. ``name`` is for people; methods never branch on it."""
+    """A host's model as methods see it, by parts: a method that needs one that is None says so.
+
+    ``name`` is for people; methods never branch on it.
+    """
 
     family: Family
     name: str
     text: TextEncoder
-    denoiser: Denoiser
+    denoiser: Denoiser | None = None
+    """None where nothing is generated: edits are solved from the text encoder and the weights that read it."""
     autoencoder: Autoencoder | None = None
     scorer: ImageScorer | None = None
     before_call: Callable[[], None] = field(default=lambda: None)
@@ -220,6 +228,12 @@ class Model:
     predicts_velocity: bool = False
     """Whether the network was trained to predict velocity, not noise: for methods that train on the same target."""
 
+    def require_denoiser(self) -> Denoiser:
+        """The denoiser. Raises UnsupportedModel for a model without one."""
+        if self.denoiser is None:
+            raise UnsupportedModel(f"{self.name} has no denoiser to generate images with: connect a MODEL, or choose a complete pipeline")
+        return self.denoiser
+
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """The prompts encoded, counted."""
         encoded = self.text.encode(prompts)
@@ -230,9 +244,10 @@ class Model:
         """x0 for a batch, counted, cancellable and checked.
 
         x: (batch, channels, h, w); sigma: a number or (batch,); conditioning: batch 1 or the same batch. Out of memory without
-        gradients, the batch is halved until it fits. Raises NonFinite, OutOfMemory, or whatever ``before_call`` raises.
+        gradients, the batch is halved until it fits. Raises NonFinite, OutOfMemory, UnsupportedModel for a model without denoiser,
+        or whatever ``before_call`` raises.
         """
-        batch = x.shape[0]
+        denoiser, batch = self.require_denoiser(), x.shape[0]
         sigmas = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(batch)
         conditioning = conditioning.expand(batch)
         backward = torch.is_grad_enabled() and (
@@ -240,7 +255,7 @@ class Model:
         )
         self.before_call()
         try:
-            denoised = self.denoiser.denoise(x, sigmas, conditioning)
+            denoised = denoiser.denoise(x, sigmas, conditioning)
         except torch.OutOfMemoryError as error:
             if batch == 1 or backward:
                 raise OutOfMemory(

@@ -68,9 +68,15 @@ def sample(
 ) -> Tensor:
     """Denoise unit ``noise`` (batch, channels, h, w) down ``sigmas`` (steps + 1,) to latents of the same shape, on the model's device.
 
-    positive and negative have batch 1 or the batch of the noise. The guided prediction is uncond + guidance * (cond - uncond)
-    (Ho and Salimans, arXiv 2207.12598), both halves in one call of 2 * batch samples; guidance 1 leaves the negative out.
-    A list that starts at the model's largest sigma is taken to start from pure noise of variance 1 + sigma^2, as ComfyUI does.
+    positive, negative: batch 1 or the batch of the noise.
+    noise: of unit variance, as `initial_noise` makes it.
+    sigmas: descending. A list that starts at the model's largest sigma is taken to start from pure noise of variance 1 + sigma^2, as
+        ComfyUI does.
+    guidance: the guided prediction is uncond + guidance * (cond - uncond) (Ho and Salimans, arXiv 2207.12598), both halves in one call of
+        2 * batch samples. 1 leaves the negative out and halves the cost.
+    sampler: "dpmpp_2m" is of second order, and needs fewer steps than "euler" for the same image.
+    on_prediction: sees every state and both predictions there.
+    on_step: counts steps; raising from it cancels.
 
     Raises ValueError for an unknown sampler, a list of levels that does not descend, or guidance without a negative, and
     whatever ``Model.denoise`` raises.
@@ -81,7 +87,8 @@ def sample(
         raise ValueError("sigmas must descend, to 0 or above, and hold at least two levels")
     if guidance != 1 and negative is None:
         raise ValueError("guidance other than 1 needs a negative conditioning: encode the empty prompt, or set guidance to 1")
-    device, batch = model.denoiser.device, noise.shape[0]
+    # Both halves of guidance as one batch.
+    denoiser, batch = model.require_denoiser(), noise.shape[0]
     both = positive.expand(batch)
     if guidance != 1 and negative is not None:
         both = Conditioning.cat([both, negative.expand(batch)])
@@ -95,11 +102,12 @@ def sample(
             on_prediction(x, sigma, cond, uncond)
         return cond if uncond is None else uncond + guidance * (cond - uncond)
 
-    sigmas = sigmas.to(device=device, dtype=torch.float32)
-    largest = float(model.denoiser.training_sigmas[-1])
+    # From unit noise to the first level, then down the list.
+    sigmas = sigmas.to(device=denoiser.device, dtype=torch.float32)
+    largest = float(denoiser.training_sigmas[-1])
     first = float(sigmas[0])
     pure = first > largest or math.isclose(first, largest, rel_tol=1e-5)
-    latents = noise.to(device=device, dtype=torch.float32) * ((1 + sigmas[0] ** 2).sqrt() if pure else sigmas[0])
+    latents = noise.to(device=denoiser.device, dtype=torch.float32) * ((1 + sigmas[0] ** 2).sqrt() if pure else sigmas[0])
     states = _SAMPLERS[sampler](predict, latents, sigmas)
     total = len(sigmas) - 1
     for step in range(1, total + 1):
@@ -123,23 +131,31 @@ def draw(
     batch: int | None = None,
     on_step: OnStep = silent,
 ) -> Tensor:
-    """A picture a seed from pure noise: (len(seeds), 3, height, width) in [0, 1], CPU; row i starts from the noise of ``seeds[i]``.
+    """An image a seed from pure noise: (len(seeds), 3, height, width) in [0, 1], CPU.
 
-    height and width are in pixels. positive has batch 1 or a row a seed, negative batch 1. At most ``batch`` pictures are in memory at
-    once, all of them by default. ``on_step`` counts the sampler's steps over all batches. Raises UnsupportedModel for a model without
-    autoencoder, and whatever ``sample`` raises.
+    positive: batch 1, or a row a seed.
+    negative: batch 1.
+    seeds: row i starts from the noise of ``seeds[i]``, whatever the other seeds are.
+    height, width: in pixels, rounded down to whole latent cells.
+    steps: evenly spaced in training time.
+    guidance, sampler: as of `sample`.
+    batch: the most images in memory at once, all of them by default.
+    on_step: counts the sampler's steps over all batches; raising from it cancels.
+
+    Raises UnsupportedModel for a model without denoiser or autoencoder, and whatever ``sample`` raises.
     """
     if model.autoencoder is None:
         raise UnsupportedModel(
             f"{model.name} has no autoencoder to draw pictures with: connect the VAE of the same checkpoint, or choose a complete pipeline"
         )
-    cells = [side // model.denoiser.downscale for side in (height, width)]
-    sigmas = schedule(model.denoiser, steps)
+    denoiser = model.require_denoiser()
+    cells = [side // denoiser.downscale for side in (height, width)]
+    sigmas = schedule(denoiser, steps)
     starts = range(0, len(seeds), batch or len(seeds))
     pictures = []
     for number, start in enumerate(starts):
         rows = slice(start, start + starts.step)
-        noise = initial_noise(seeds[rows], model.denoiser.latent_channels, *cells)
+        noise = initial_noise(seeds[rows], denoiser.latent_channels, *cells)
         prompts = positive if len(positive) == 1 else positive.map(itemgetter(rows))
         told = part_of(on_step, number, len(starts))
         latents = sample(model, prompts, negative, noise, sigmas, guidance=guidance, sampler=sampler, on_step=told)

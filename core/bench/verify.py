@@ -60,9 +60,10 @@ def verify(
     """
     start = time.perf_counter()
     pool = list(model.words or [word for word in whole_words(model.text) if not is_unsafe(word)][:POOL])
-    cuda = model.denoiser.device.type == "cuda"
+    device = model.require_denoiser().device
+    cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.reset_peak_memory_stats(model.denoiser.device)
+        torch.cuda.reset_peak_memory_stats(device)
     measured = []
     for draw in range(draws):
         on_part(f"planted mixture {draw + 1} of {draws}")
@@ -78,7 +79,7 @@ def verify(
     return Report(
         model=model.name,
         family=model.family,
-        device=torch.cuda.get_device_name(model.denoiser.device) if cuda else str(model.denoiser.device),
+        device=torch.cuda.get_device_name(device) if cuda else str(device),
         side=side,
         budget=budget,
         pool=len(pool),
@@ -86,7 +87,7 @@ def verify(
         concepts=tuple(found_concepts),
         seconds=time.perf_counter() - start,
         peak_mb=peak_mb(),
-        device_mb=torch.cuda.max_memory_allocated(model.denoiser.device) / 2**20 if cuda else None,
+        device_mb=torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None,
     )
 
 

@@ -136,12 +136,11 @@ def load(source: str, device: str) -> Model:
 
 def side_of(model: Model, size: int | None) -> int:
     """The side of the pictures in pixels: ``size``, or what the model was trained on. Raises ValueError where it does not fit the model."""
-    from ..hosts.diffusers import DiffusersDenoiser
-
+    denoiser = model.require_denoiser()
     if size is None:
-        return model.denoiser.side if isinstance(model.denoiser, DiffusersDenoiser) else 512
-    if size % (8 * model.denoiser.downscale):
-        raise ValueError(f"pictures of {size} pixels do not fit the model's grid: choose a multiple of {8 * model.denoiser.downscale}")
+        return denoiser.side
+    if size % (8 * denoiser.downscale):
+        raise ValueError(f"images of {size} pixels do not fit the model's grid: choose a multiple of {8 * denoiser.downscale}")
     return size
 
 

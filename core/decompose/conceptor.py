@@ -161,7 +161,8 @@ class _Run:
         self.reference_seeds = picture_seeds(self.generator, options.references)
         self.heldout_seeds = picture_seeds(self.generator, options.heldout)
         self.scores: list[float] = []
-        self.device = task.model.denoiser.device
+        self.denoiser = task.model.require_denoiser()
+        self.device = self.denoiser.device
         width = sum(table.shape[1] for table in task.model.text.tables.values())
         self.network = Network(width, options.hidden, self.generator, self.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters, lr=options.rate, weight_decay=1e-2)
@@ -180,11 +181,13 @@ class _Run:
 
     def run(self) -> Decomposition:
         options, task = self.options, self.task
+        # What the concept itself looks like, to train on and to compare with.
         if not self._resumed():
             self.latents, self.seen = self._pictures()
             self.references = self._compared_with()
             self.best = torch.zeros(0)
         self.mixture = self._filtered(Mixture.of(self.model, task.template, task.pool))
+        # Train, and validate now and then: the best validation is kept.
         features = torch.cat([rows.float().to(self.device) for rows in self.mixture.embeddings.values()], dim=1)
         while self.step < options.steps:
             if self.step % options.every == 0:
@@ -207,7 +210,7 @@ class _Run:
     @torch.no_grad()
     def _drawn(self, conditioning: Conditioning, seeds: Sequence[int]) -> Iterator[Tensor]:
         """Images (at most 10, 3, height, width) in [0, 1] as 8-bit files hold them, CPU, under a batch-1 conditioning."""
-        task, side = self.task, self.model.denoiser.downscale
+        task, side = self.task, self.denoiser.downscale
         for start in range(0, len(seeds), _AT_ONCE):
             images = draw(
                 self.model,
@@ -239,8 +242,8 @@ class _Run:
         """
         task, options, (autoencoder, scorer) = self.task, self.options, (self.model.autoencoder, self.model.scorer)
         if autoencoder is None:
-            noise = initial_noise(self.seeds, self.model.denoiser.latent_channels, task.height, task.width)
-            levels, guidance = schedule(self.model.denoiser, options.sampler_steps), options.guidance
+            noise = initial_noise(self.seeds, self.denoiser.latent_channels, task.height, task.width)
+            levels, guidance = schedule(self.denoiser, options.sampler_steps), options.guidance
             parts = noise.split(_AT_ONCE)
             sampled = [sample(self.model, task.teacher, task.empty, part, levels, guidance=guidance, on_step=self._told) for part in parts]
             latents = torch.cat(sampled).cpu()
@@ -302,9 +305,9 @@ class _Run:
 
     def _minibatch(self, mixture: Mixture) -> Callable[[Tensor, slice], Tensor]:
         """What alpha misses of some rows of a fresh minibatch: images, noise levels and noise from the generator."""
-        denoiser, batch = self.model.denoiser, self.options.batch
+        sigmas, batch = self.denoiser.training_sigmas, self.options.batch
         x0 = self.latents[torch.randint(len(self.latents), (batch,), generator=self.generator)]
-        sigma = denoiser.training_sigmas[torch.randint(len(denoiser.training_sigmas), (batch,), generator=self.generator)]
+        sigma = sigmas[torch.randint(len(sigmas), (batch,), generator=self.generator)]
         noise = torch.randn(x0.shape, generator=self.generator)
         x0, sigma, noise = (tensor.to(self.device) for tensor in (x0, sigma, noise))
 

@@ -49,22 +49,35 @@ def decompose_concept(
     checkpoint: Path | None = None,
     on_step: OnStep = silent,
 ) -> Decomposition:
-    """Take ``concept`` (a word, a phrase, or a learnt token as a slot) apart into at most ``words`` weighted vocabulary words.
+    """Decompose ``concept`` into at most ``words`` weighted vocabulary words. The model is not modified.
 
-    method: a name in ``METHODS``; budget: how much it may spend, and ``settings`` replaces single settings of that budget (such as
-    ``{"guidance": 7.5}``). candidates: the words to choose from, else the model's own ``words``, else the ``limit`` whole words nearest
-    to the concept; ``exclude``, personal names and offensive words (``exclude_unsafe``), and the concept itself with its near-copies
-    (unless ``keep_concept``) are left out, and the result says so. A str for candidates or exclude is read as `parse_list` does.
-    height, width: of the pictures sampled, in pixels. select: what the conceptor method chooses its result by. checkpoint: a file that a
-    stopped run continues from. ``on_step`` counts evals.
-    Deterministic: all randomness comes from ``seed``. The base model is only read.
+    Look at ``r2`` before believing the words: it is measured on images that the fit did not see.
 
-    Look at ``r2`` before believing the words: it is measured on pictures that the fit did not see.
+    model: an SD 1.x, SD 2.x or SDXL model with its denoiser.
+    concept: a word, a phrase, or a learnt token as a slot.
+    method: a name in ``METHODS``. "text" generates no images to find the words, and finds what the text encoder relates rather than what
+        the model generates.
+    template: the prompt, with ``{}`` where the concept goes. Words are found for this context and may differ in another.
+    words: the most words of the result. More explain more, and the last of them are often fillers.
+    candidates: the words to choose from, else the model's own ``words``, else the ``limit`` whole words nearest to the concept. A str is
+        read as `parse_list` does.
+    limit: the most candidates. More of them reach further from the concept, and take longer.
+    exclude: words that may not be chosen, in the form of ``candidates``. What is left out is said in the result.
+    exclude_unsafe: whether personal names and offensive words are left out.
+    keep_concept: whether the concept itself and its near-copies may be chosen. The concept then usually explains itself.
+    budget: how much the method may spend, in model evaluations. Larger ones are more reliable.
+    settings: single settings that replace those of the budget, such as ``{"guidance": 7.5}``.
+    select: what the conceptor method chooses its result by: "scorer" needs a scorer and an autoencoder, "r2" neither.
+    seed: of all randomness, 0 to 2^63 - 1. The same inputs and seed give the same result.
+    height, width: of the images sampled, in pixels: take the size that the model was trained on.
+    checkpoint: a file that intermediate results are saved to. An interrupted run resumes from it and gives the identical result.
+    on_step: counts model evaluations; raising from it cancels.
 
     Raises ValueError for an unknown method, a concept that is empty or unknown to the tokenizer, a template without ``{}``, too many
     tokens, or no candidates; UnsupportedModel for another family or a part the method needs and the model lacks; ArtifactError for a
     checkpoint that does not belong to this task; whatever ``Model.denoise`` and ``on_step`` raise.
     """
+    # What is asked must be possible, before anything is spent.
     if model.family not in get_args(Family):
         raise UnsupportedModel(
             f"{model.name} is not supported yet, because a decomposition replaces one word's token in CLIP's vocabulary and {model.family} "
@@ -77,12 +90,14 @@ def decompose_concept(
         raise ValueError(f"ask for at least 1 word, got {words}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"the seed must be a whole number from 0 to 2^63 - 1, got {seed}")
-    cells = [side // model.denoiser.downscale for side in (height, width)]
+    downscale = model.require_denoiser().downscale
+    cells = [side // downscale for side in (height, width)]
     if min(cells) < 1:
-        raise ValueError(f"pictures of {width}x{height} pixels are too small: the model needs at least {model.denoiser.downscale}")
+        raise ValueError(f"pictures of {width}x{height} pixels are too small: the model needs at least {downscale}")
     name = concept.strip() if isinstance(concept, str) else None
     if name is not None:
         _check_concept(model, name)
+    # The words to choose from, and the prompts that everything is compared with.
     listed = model.words if candidates is None else candidates
     pool = choose_candidates(
         model.text, name, limit=limit, words=listed, exclude=exclude, exclude_unsafe=exclude_unsafe, keep_concept=keep_concept
@@ -110,6 +125,7 @@ def decompose_concept(
         checkpoint=checkpoint,
         on_step=on_step,
     )
+    # The method finds words and weights; how they stand to each other is the same for all methods.
     found = METHODS[method](task).by_importance()
     return replace(
         found,

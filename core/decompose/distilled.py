@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..artifact import Header, Spec
+from ..artifact import Header, Spec, as_number
 from ..gradient import vjp
 from ..model import Conditioning
 from .decomposition import Decomposition, Restart, fill
@@ -143,17 +143,20 @@ class _Fit:
 
     def run(self) -> Decomposition:
         options, progress = self.options, self.progress
+        # What the model predicts for the concept, on images that fit, that choose and that measure.
         if progress.states is None:
             progress.states = sampled_states(self.task, self.seeds, options.steps, options.guidance, self.tally.report)
             self._save()
         states, chooses = progress.states, options.pictures + options.validation
         fitted = states[states.picture < options.pictures]
         validation = states[(states.picture >= options.pictures) & (states.picture < chooses)]
+        # What the likeliest words show by themselves.
         if progress.shown is None:
             looked = self._draw(fitted, options.looked, self._generator(50))
             prompts = self.model.encode([fill(self.task.template, word) for word in self.mixture.words[: self.looked]])
             progress.shown = show(self.model, prompts, looked.states, looked.weights, self.tally.report).extended(len(self.mixture))
             self._save()
+        # Search under the model linearised at the concept.
         judged = self._draw(validation, options.judged, self._generator(1))
         if progress.rows is None:
             progress.rows = self._rows(fitted, self._generator(2))
@@ -216,19 +219,21 @@ class _Fit:
         empty = (flat(self.task.empty) @ rows.T - offsets).square().sum().sqrt()
         surrogate = Surrogate(self.mixture, rows / empty, offsets / empty, self.token)
         found: dict[tuple[int, ...], tuple[Tensor, float]] = {}
-        # What it is by its predictions and its embedding; then by its predictions and what words show.
+        # Two searches that share what they find: by predictions and embedding; then by predictions and what words show.
         mixed = Search(surrogate, shown, replace(evidence, shown=0), self.count, self._pulse, found)
         mixed.add(top_k(code, size) for code in self.codes for size in range(1, self.count + 1))
         mixed.run()
         drawn = Search(surrogate, shown, replace(evidence, embedding=0), self.count, self._pulse, found)
         drawn.add(self._equal(subset) for subset in shown.first(min(self.count, _START)))
         drawn.run()
+        # The model itself compares the best of both, on states that fitted nothing.
         finalists = list(dict.fromkeys([*drawn.best(1), *mixed.best(options.finalists - 1)]))
         alphas = torch.stack([found[subset][0] for subset in finalists])
         r2, told = self._judge(judged, alphas), shown.r2(padded(finalists))
         sizes = torch.tensor([len(subset) for subset in finalists])
         best = int(evidence(r2, told, surrogate.cosine(alphas), sizes).argmax())
         alpha, reached = alphas[best], float(r2[best])
+        # Where that explains too little, other words may fill in.
         if reached < PLENTY and len(finalists[best]) < self.count:
             kept = finalists[best] if float(told[best]) >= TOLD else ()
             alone = replace(evidence, predictions=options.fills, shown=0, embedding=0)
@@ -340,7 +345,8 @@ class _Fit:
         if stopped is None:
             return _Progress(), 0, 0
         tensors, header = stopped
-        states = States(**{name: tensors[f"states.{name}"].to(self.model.denoiser.device) for name in States.layout("")})
+        device = self.model.require_denoiser().device
+        states = States(**{name: tensors[f"states.{name}"].to(device) for name in States.layout("")})
         held, at = header["held"], self.task.teacher.context.device  # where gradients in the conditioning are
         progress = _Progress(
             states,
@@ -359,6 +365,8 @@ def _layout(header: Header) -> dict[str, Spec]:
     held = header["held"]
     if held != list(_STAGES[: len(held)]):
         raise ValueError(f"{held!r} are no stages in their order")
+    if "found" in held:
+        as_number(header["r2"])
     later: dict[str, dict[str, Spec]] = {
         "shown": {"shown": (torch.float64, (None, None, None))},
         "rows": {"rows": (torch.float32, (None, None)), "offsets": (torch.float32, (None,))},

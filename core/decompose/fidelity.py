@@ -40,7 +40,13 @@ def picture_seeds(generator: torch.Generator, count: int) -> list[int]:
 
 
 def sampled_states(task: Task, seeds: Sequence[int], steps: int, guidance: float, report: Callable[[], None]) -> States:
-    """The states of sampling the concept from ``seeds``: 2 evals each, len(seeds) * steps of them.
+    """The states of sampling the concept: len(seeds) * steps of them, 2 model evaluations each.
+
+    task: the concept, and the size of the images.
+    seeds: one an image. Images that fit, choose and measure must not share any.
+    steps: of the sampler. More give states at more noise levels.
+    guidance: of the sampler. It decides which images are sampled; the states hold unguided predictions.
+    report: runs after each step.
 
     Raises ValueError when the model predicts the same with and without the concept.
     """

@@ -29,11 +29,20 @@ def word_pictures(
     batch: int | None = None,
     on_step: OnStep = silent,
 ) -> list[Tensor]:
-    """Pictures of the concept, of the mixture, and of each word by itself in the decomposition's template, strongest first.
+    """Images of the concept, of the mixture, and of each word by itself in the decomposition's template, in its order.
 
-    Returns 2 + words entries of (len(seeds), 3, height, width) in [0, 1], CPU; row i of each starts from the noise of ``seeds[i]``. height
-    and width are in pixels; at most ``batch`` pictures are drawn at once. A word's prompt is its text. ``on_step`` counts sampler steps.
-    Costs 2 * len(seeds) * steps evals an entry (half of that at guidance 1). Raises whatever ``draw`` raises.
+    Returns 2 + words entries of (len(seeds), 3, height, width) in [0, 1], CPU. Costs 2 * len(seeds) * steps model evaluations an entry,
+    half of that at guidance 1.
+
+    model: the one that was decomposed, with its autoencoder.
+    decomposition: a word's prompt is its text, the mixture's is w*.
+    seeds: one an image; row i of every entry starts from the same noise, that of ``seeds[i]``, so that rows can be compared.
+    height, width: in pixels.
+    steps, guidance, sampler: as of `draw`.
+    batch: the most images generated at once, all by default. Fewer take less memory and longer.
+    on_step: counts sampler steps.
+
+    Raises whatever ``draw`` raises.
     """
     texts = [decomposition.concept, *decomposition.words]
     plain = model.text.encode([fill(decomposition.template, text) for text in texts])

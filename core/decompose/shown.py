@@ -75,10 +75,12 @@ class Shown:
 
 @torch.no_grad()
 def show(model: Model, prompts: Conditioning, states: States, weights: Tensor | None, report: Callable[[], None]) -> Shown:
-    """The effects of each of ``prompts`` (words, ...) at ``states``: words * states evals.
+    """The effects of each of some words: words * states model evaluations.
 
-    weights: (states,), what each state stands for, 1 by default. ``report`` runs after each state, between which nothing but
-    products is kept.
+    prompts: a conditioning a word, (words, ...).
+    states: where effects are measured. Only inner products are kept of them, so many cost time and no memory.
+    weights: (states,), what each state stands for, 1 by default: reciprocals of the probabilities they were drawn with.
+    report: runs after each state.
     """
     grams = []
     for index in range(len(states)):

@@ -66,11 +66,18 @@ def harvest(
     batch: int = 8,
     on_step: OnStep = silent,
 ) -> States:
-    """Sample one picture per seed and keep every state with both predictions: len(seeds) * steps states, 2 evals each.
+    """Sample one image per seed and keep every state with both predictions: len(seeds) * steps states, 2 model evaluations each.
 
-    height and width count latent cells. With guidance 1, where a sampler skips the empty prompt, it is evaluated afterwards.
+    teacher, empty: the conditioning of the concept's prompt and of the empty one, batch 1.
+    seeds: one an image.
+    height, width: in latent cells.
+    steps: of the sampler, evenly spaced in training time.
+    guidance: of the sampler. With 1, where it skips the empty prompt, that is evaluated afterwards.
+    batch: images sampled at once. Fewer take less memory and longer.
+    on_step: counts the steps of each batch.
     """
-    sigmas = schedule(model.denoiser, steps)
+    denoiser = model.require_denoiser()
+    sigmas = schedule(denoiser, steps)
     parts: list[States] = []
     for start in range(0, len(seeds), batch):
         chosen = seeds[start : start + batch]
@@ -81,7 +88,7 @@ def harvest(
             pictures = torch.arange(start, start + len(chosen), device=x.device)
             parts.append(States(x.clone(), sigma.expand(len(chosen)), cond.clone(), uncond.clone(), pictures))
 
-        noise = initial_noise(chosen, model.denoiser.latent_channels, height, width)
+        noise = initial_noise(chosen, denoiser.latent_channels, height, width)
         with torch.no_grad():
             sample(model, teacher, empty, noise, sigmas, guidance=guidance, on_prediction=keep, on_step=on_step)
     return States(

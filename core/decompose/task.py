@@ -64,7 +64,12 @@ class Task:
         return replace(chosen, **self.settings)
 
     def resumable(self, format: str, version: int, settings: DataclassInstance, tensors: Mapping[str, Tensor], asked: Header) -> Checkpoint:
-        """The checkpoint of a run of this task with a method's ``settings``. tensors, asked: what else its result depends on."""
+        """The checkpoint of a run of this task.
+
+        format, version: of the method's own files. Raise the version when what is stored changes.
+        settings: the method's. A file of a run with others is refused.
+        tensors, asked: what else the method's result depends on, beside the model's name, prompts, candidates, seed and size.
+        """
         own = {"teacher": self.teacher.context, "empty": self.empty.context}
         size = [self.height, self.width]
         base = {"model": self.model.name, "template": self.template, "pool": list(self.pool), "seed": self.seed, "size": size}

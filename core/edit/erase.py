@@ -56,15 +56,25 @@ def solve_edit(
 ) -> ContextEdit:
     """The edit that erases ``concepts`` (or puts their replacements in their place), solved jointly, with its report.
 
-    concepts: "circle" or "circle -> square", as `parse_concepts` reads them. keep: words that must stay as they are, a sequence or a str
-    as `parse_list` reads it. hard (conceptkit only): no embedding at all is read as exactly a concept. parts (conceptkit only): whether
-    words that are parts of a concept (robin of bird) stay, as far as they can, or are erased with it. captions: texts that must keep
-    their meaning, the pack's own by default. cache: a folder for what depends on the checkpoint alone. Strength 0 or no concepts give
-    the identity. Nothing in the model is changed.
+    No image is generated, and nothing in the model is changed.
+
+    model: its text encoder and the weights that read the text; it needs no denoiser.
+    concepts: "circle" or "circle -> square", as `parse_concepts` reads them. None gives the identity.
+    keep: words that must stay as they are, a sequence or a str as `parse_list` reads it. Many of them may leave more of the concepts.
+    method: a name in ``METHODS``.
+    strength: 1 for the whole edit, 0 for none (the identity). Above 1, concepts are pushed past what they are read as.
+    hard: no embedding at all is read as exactly a concept ("conceptkit" only). Similar words suffer more; adversarial embeddings may still
+        recover it.
+    parts: whether words that are parts of a concept (robin of bird) stay, as far as they can, or are erased with it ("conceptkit" only).
+    captions: texts that must keep their meaning, the pack's own by default. What none of them says may change.
+    cache: a folder for what depends on the checkpoint and the captions alone, which makes the next edit faster.
+    seed: of the methods that draw random numbers.
+    on_step: counts the steps of the method; raising from it cancels.
 
     Raises ValueError for concepts that cannot be meant, an unknown method or a singular system, UnsupportedModel for a model whose weights
     cannot be read, NonFinite when anything comes out as NaN or infinity, and whatever ``on_step`` raises.
     """
+    # What is asked must be possible, before anything is computed.
     listed = parse_concepts(concepts)
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
@@ -78,6 +88,7 @@ def solve_edit(
         raise ValueError(f"the strength is {strength}: give a number, 0 for no edit and 1 for the whole")
     keep = parse_list(keep)
     check_concepts(model.text, listed, keep)
+    # Solve in float64.
     job = Job(model, listed, keep, captions, cache, seed, hard, parts, on_step)
     if not listed or strength == 0:
         return ContextEdit.identity(model.family, job.width)
@@ -86,6 +97,7 @@ def solve_edit(
         raise NonFinite("the text encoder returns NaN or infinity: load it in fp32, and check any LoRA on it")
     solution = METHODS[method].solve(job)
     model.before_call()
+    # As files keep it, and measured as such.
     # Orthogonal factors: the solver's own may cancel each other, which the precision of files does not forgive.
     context = solution.context if solution.gains else solution.context.truncate(EXACT, job.width)
     edit = ContextEdit(

@@ -43,6 +43,12 @@ def save_lora(
 ) -> Path:
     """Write the edit as a LoRA file, completely or not at all, and return its path.
 
+    edit: a loader's strength 1 is the edit as it is; 0 is none.
+    attention: the weights of the model that the LoRA is for. It fits no other checkpoint exactly.
+    path: the file.
+    dtype: float16 makes the file half as large; float32 is exact up to its own rounding.
+    overwrite: whether a file that is there may be replaced.
+
     Raises ArtifactError for a path that exists unless ``overwrite``, and what ``lora_tensors`` raises.
     """
     path = Path(path)

@@ -119,8 +119,14 @@ def cached(
     shapes: Mapping[str, tuple[int, ...]],
     compute: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Float64 tensors found in ``folder`` under ``name`` if they were computed for this ``identity``, else computed and put there if it
-    can be written: a folder that cannot is a warning in the log."""
+    """Float64 tensors from a file, if they were computed from the same, else computed and put there.
+
+    folder: None computes them. One that cannot be written is a warning in the log.
+    name: of the file. Another ``identity`` under the same name replaces what is there.
+    identity: what the tensors were computed from, as texts and hashes.
+    shapes: of the tensors by name. A file with others is computed again.
+    compute: makes the tensors.
+    """
     if folder is None:
         return compute()
     path = folder / f"{name}.safetensors"

@@ -289,7 +289,10 @@ class DiffusersCrossAttention:
 
 
 class DiffusersAutoencoder:
-    """``core.model.Autoencoder`` over diffusers' AutoencoderKL (the posterior's mode) or AutoencoderTiny."""
+    """``core.model.Autoencoder`` over diffusers' AutoencoderKL (the posterior's mode) or AutoencoderTiny.
+
+    Differentiable both ways when gradients are enabled; 0 where a decoded image was clamped.
+    """
 
     def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
         self._vae = vae
@@ -308,7 +311,7 @@ class DiffusersAutoencoder:
         return (latents.float() - self._shift) * self._scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures in [0, 1], clamped."""
+        """Images in [0, 1], clamped."""
         latents = latents / self._scale + self._shift
         pictures: Tensor = self._vae.decode(latents.to(self._vae.device, self._vae.dtype), return_dict=False)[0]
         return ((pictures.float() + 1) / 2).clamp(0, 1)
@@ -403,6 +406,7 @@ def _assemble(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Model:
+    # The text encoders, with the layers and the padding that the family's UNet was trained on.
     names = {"sd1": "l", "sd2": "h", "sdxl": "lg"}[family]
     encoders = []
     for encoder_name, text in zip(names, texts, strict=True):
@@ -415,6 +419,7 @@ def _assemble(
         # CLIP-L is padded with the end token, the OpenCLIP encoders with 0.
         pad = int(tokenizer.eos_token_id) if encoder_name == "l" else 0
         encoders.append(_Encoder(encoder_name, _frozen(text, device, torch.float32), layers, family != "sdxl", pad))
+    # Parts of different models may load without an error, and mean nothing to each other.
     width = sum(encoder.table.shape[1] for encoder in encoders)
     if width != unet.config.cross_attention_dim:
         raise ValueError(
@@ -428,6 +433,7 @@ def _assemble(
         wanted = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
         if encoders[-1].module.text_projection.out_features != wanted:
             raise ValueError(f"the second text encoder of {name} does not fit its UNet, which reads a pooled text {wanted} wide")
+    # The parts as methods see them.
     sigmas, v_prediction = _noise_levels(scheduler, name)
     autoencoder, downscale = None, 8
     if vae is not None:

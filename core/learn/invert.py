@@ -56,7 +56,7 @@ def invert_concept(
         raise UnsupportedModel(f"{model.name} has no autoencoder to encode images with: connect the VAE of the same checkpoint")
     _check(images, templates, steps, batch, rate)
     rows = {name: row.detach().clone() for name, row in embeddings(model.text, [token_of(model.text, start)]).items()}
-    device = model.denoiser.device
+    device = model.require_denoiser().device
 
     with torch.no_grad():
         latents = in_chunks(model.autoencoder.encode, images, len(images), "encoding an image").to(device)
@@ -65,7 +65,7 @@ def invert_concept(
     groups = [{"params": [row.requires_grad_()], "lr": rate * norms[name] / row.shape[-1] ** 0.5} for name, row in rows.items()]
     optimiser = torch.optim.Adam(groups)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    generator, sigmas = torch.Generator().manual_seed(seed), model.denoiser.training_sigmas
+    generator, sigmas = torch.Generator().manual_seed(seed), model.require_denoiser().training_sigmas
     for step in range(steps):
         index = torch.randint(len(latents), (batch,), generator=generator)
         sigma = sigmas[torch.randint(len(sigmas), (batch,), generator=generator)].to(device)

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...core.model import Conditioning
+from .checks import trained_side
 from .gradients import plain_attention, saving
 from .residency import Resident, ordinary
 
@@ -28,6 +29,10 @@ class GraphDenoiser:
     @property
     def downscale(self) -> int:
         return 8
+
+    @property
+    def side(self) -> int:
+        return trained_side(self._patcher)
 
     @property
     def training_sigmas(self) -> Tensor:

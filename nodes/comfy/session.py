@@ -95,7 +95,6 @@ def graph_reading(model: ModelPatcher, clip: CLIP) -> Iterator[Model]:
             family=family,
             name=type(model.model.model_config).__name__,
             text=text,
-            denoiser=GraphDenoiser(model, Resident(model)),
             before_call=management.throw_exception_if_processing_interrupted,
             words=getattr(clip.cond_stage_model, "trained_words", None),
             cross_attention=GraphCrossAttention(model),

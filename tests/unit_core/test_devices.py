@@ -146,7 +146,8 @@ class Denoiser:
 
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
-        self.latent_channels, self.downscale, self.training_sigmas = denoiser.latent_channels, denoiser.downscale, denoiser.training_sigmas
+        self.latent_channels, self.downscale, self.side = denoiser.latent_channels, denoiser.downscale, denoiser.side
+        self.training_sigmas = denoiser.training_sigmas
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         with elsewhere():

@@ -685,7 +685,7 @@ class Said:
 def sdxl() -> Model:
     text = Said()
     words = tuple(token.removesuffix("</w>") for token in text.vocabulary)
-    return Model("sdxl", "miniature", text, None, cross_attention=layers(24, pooled=12, out=40), words=words)
+    return Model("sdxl", "miniature", text, cross_attention=layers(24, pooled=12, out=40), words=words)
 
 
 def test_the_pooled_text_of_sdxl_is_erased_too():
@@ -724,7 +724,7 @@ def test_a_hundred_concepts_are_erased_in_one_call(monkeypatch):
     words = tuple(f"{x}a{y}o{z}" for x in letters for y in letters for z in letters)
     monkeypatch.setattr(words_module, "LOOKED_AT", 16)
     few = Settings(siblings=2, frames=4)
-    one = Model("sd1", "wide", Said(words, 320), None, cross_attention=layers(320, out=192), words=words)
+    one = Model("sd1", "wide", Said(words, 320), cross_attention=layers(320, out=192), words=words)
     concepts = parse_concepts(words[::5][:100])
     solution = conceptkit(Job(one, concepts), few)
     report = report_edit(one, ContextEdit("sd1", single(solution.context), concepts=concepts, anchors=solution.anchors))

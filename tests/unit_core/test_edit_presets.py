@@ -86,7 +86,7 @@ def model() -> Model:
         f"{block}.attentions.0.transformer_blocks.0.attn2.{part}": torch.randn(size, WIDTH, generator=g) / WIDTH**0.5
         for (block, size), part in zip(SIZES.items(), ("to_k", "to_v"), strict=True)
     }
-    return Model("sd1", "random", Words(), None, cross_attention=Layers(weights), words=WORDS)
+    return Model("sd1", "random", Words(), cross_attention=Layers(weights), words=WORDS)
 
 
 def context(model: Model, text: str) -> Array:
@@ -367,7 +367,7 @@ def alone() -> Model:
     axes, _, turned = np.linalg.svd(np.random.default_rng(0).standard_normal((WIDTH + 32, WIDTH)), full_matrices=False)
     weight = torch.tensor(axes * np.linspace(1.5, 0.5, WIDTH).clip(max=[*[9.0] * (WIDTH - 1), 0.1]) @ turned, dtype=torch.float32)
     layers = Layers({"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": weight})
-    return Model("sd1", "alone", Words(), None, cross_attention=layers, words=WORDS)
+    return Model("sd1", "alone", Words(), cross_attention=layers, words=WORDS)
 
 
 @pytest.mark.parametrize("method", OFFICIAL)

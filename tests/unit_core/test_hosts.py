@@ -171,6 +171,7 @@ def test_is_what_methods_expect(model: Model, family: str) -> None:
     assert set(model.text.tables) == {"sd1": {"l"}, "sd2": {"h"}, "sdxl": {"l", "g"}}[family]
     assert model.predicts_velocity is (family == "sd2")
     assert model.denoiser.downscale == 8 and model.denoiser.latent_channels == 4
+    assert model.denoiser.side == 8 * model.denoiser._unet.config.sample_size
     sigmas = model.denoiser.training_sigmas
     assert sigmas.shape == (1000,) and sigmas.dtype == torch.float32 and bool((sigmas.diff() > 0).all())
     assert not any(value.requires_grad for value in weights(model).values())
@@ -258,6 +259,23 @@ def test_gradients_of_the_text(model: Model, pipe: diffusers.DiffusionPipeline, 
     expected = torch.autograd.grad((context * direction).sum(), tables)
     for rows, grad in zip(slot.values(), expected, strict=True):
         torch.testing.assert_close(rows.grad[0], grad[model.text.vocabulary["cat</w>"]], atol=1e-4, rtol=1e-3)
+
+
+def test_gradients_of_the_autoencoder_are_finite_differences() -> None:
+    """On the trained demo model, at an image inside [0, 1], where decoding clamps nothing."""
+    autoencoder = load_model("demo").autoencoder
+    assert autoencoder is not None
+    image = torch.nn.functional.interpolate(0.5 + 0.1 * noise(1, 3, 4, 4), size=64, mode="bilinear")
+    latents = autoencoder.encode(image)
+    for function, point in ((autoencoder.decode, latents), (autoencoder.encode, image)):
+        variable = point.detach().requires_grad_()
+        value = function(variable)
+        weights, towards = noise(*value.shape, seed=1), noise(*point.shape, seed=2)
+        (gradient,) = torch.autograd.grad((value * weights).sum(), variable)
+        # Small steps, since the network is piecewise linear, and so float32 leaves two digits.
+        ahead, behind = ((function(point + sign * 1e-4 * towards) * weights).double().sum() for sign in (1, -1))
+        torch.testing.assert_close((gradient * towards).double().sum(), (ahead - behind) / 2e-4, rtol=2e-2, atol=0)
+        assert function(point).grad_fn is None  # and nothing is kept for a gradient where none is asked for
 
 
 def test_gradients_of_the_denoiser(model: Model) -> None:

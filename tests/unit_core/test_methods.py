@@ -80,7 +80,7 @@ class Text:
 class Denoiser:
     """The exact posterior mean of pictures N(m(context), 0.3^2 I)."""
 
-    latent_channels, downscale, device = 2, 8, torch.device("cpu")
+    latent_channels, downscale, side, device = 2, 8, 32, torch.device("cpu")
     training_sigmas = torch.linspace(0.03, 8.0, 50)
 
     def __init__(self, width: int, fail: Exception | float | None = None) -> None:
@@ -255,6 +255,8 @@ def test_bad_input_is_named_before_anything_is_spent(method: str) -> None:
         decompose_concept(model, "waa", method="magic")
     with pytest.raises(UnsupportedModel, match="not supported yet, because"):
         take_apart(replace(model, family="flux"), method)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match="no denoiser"):
+        take_apart(replace(model, denoiser=None), method)
     assert model.meter.calls == 0
 
 

@@ -179,6 +179,15 @@ def test_a_picture_depends_on_its_own_row_and_seed_however_many_are_drawn_at_onc
         draw(model(), mean(0.5), None, [0], height=16, width=16, steps=1, guidance=1)
 
 
+def test_a_model_without_denoiser_says_what_to_connect() -> None:
+    alone = replace(model(), denoiser=None)
+    with pytest.raises(UnsupportedModel, match="gaussian has no denoiser to generate images with: connect a MODEL"):
+        alone.denoise(NOISE, 1.0, mean(1.0))
+    with pytest.raises(UnsupportedModel, match="no denoiser"):
+        sample(alone, mean(1.0), None, NOISE, schedule(Gaussian(), 3), guidance=1)
+    assert alone.meter.calls == 0
+
+
 def test_pictures_too_large_for_memory_are_decoded_in_parts() -> None:
     def drawn(room: int) -> Tensor:
         kept = replace(model(), autoencoder=Room(room))  # type: ignore[arg-type]

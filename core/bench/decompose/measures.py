@@ -144,7 +144,7 @@ def fidelity(model: Model, concept: Conditioning, others: Sequence[Conditioning]
 
 def _states(model: Model, concept: Conditioning, seeds: Sequence[int]) -> States:
     """What sampling a concept meets, as every image here is sampled."""
-    cells, empty = SIDE // model.denoiser.downscale, model.text.encode([""])
+    cells, empty = SIDE // model.require_denoiser().downscale, model.text.encode([""])
     return harvest(model, concept, empty, seeds, height=cells, width=cells, steps=STEPS, guidance=GUIDANCE)
 
 

@@ -31,7 +31,7 @@ from ...edit.layers import cross_attention, gram
 from ...edit.presets import rece
 from ...edit.solve import LowRank, Problem, minimise
 from ...edit.texts import Texts
-from ...model import Conditioning, Family, Model, Prompt, UnsupportedModel
+from ...model import Conditioning, Family, Model, Prompt
 from ...vocabulary import WORD_END
 from ..frame import Result
 
@@ -178,7 +178,7 @@ def measure_speed(size: str, threads: int, methods: bool, layers: int, pairs: in
         peak = _resident(peak=True) - before
         compared = _in_turns({"": lambda: _seconds(like_for_like), **_published(heights, layers, c, a)}, pairs)
         text = StandInText(width, WORDS)
-        model = Model(family, size, text, _NoDenoiser(), words=WORDS, cross_attention=stored)
+        model = Model(family, size, text, words=WORDS, cross_attention=stored)
         result: dict[str, float] = {"peak_mb": peak, "gram_seconds": _seconds(lambda: gram(model, width, None, Path(folder)))}
         if methods:
             result["rece_seconds"] = _rece_seconds(model, Path(folder))
@@ -322,14 +322,3 @@ def _resident(*, reset: bool = False, peak: bool = False) -> float:
     except (AttributeError, OSError):
         return 0.0
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:" if peak else "VmRSS:")), 0.0)
-
-
-class _NoDenoiser:
-    """The part of a model that solving an edit never asks for."""
-
-    latent_channels, downscale = 4, 8
-    training_sigmas = torch.zeros(0)
-    device = torch.device("cpu")
-
-    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        raise UnsupportedModel("random weights of the text path draw nothing: load a model to draw with")
