@@ -11,25 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conceptkit.core.demo.world import shapes_world
+from conceptkit.tests.comfy.graphs import decompose, node
 from PIL import Image
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
-
-
-def decompose(model=("loader", 0), clip=("loader", 1), **inputs):
-    """By the method that takes a moment, unless another is asked for."""
-    given = {
-        "concept": "bird",
-        "template": "a photo of a {}",
-        "words": 3,
-        "seed": 0,
-        "size": 0,
-        "budget": "fast",
-        "method": "text",
-    } | inputs
-    return node("ConceptKitDecompose", model=list(model), clip=list(clip), **given)
 
 
 def shown(comfy, source, **nodes):

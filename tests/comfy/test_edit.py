@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conceptkit.tests.comfy.graphs import node
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -15,10 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 API = Path(__file__).parent / "api"
 EXAMPLES = sorted(path for path in API.glob("*.json") if int(path.stem.split()[0]) >= 7)
 UNET_KEY = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def erase(name="erase", model=("loader", 0), **inputs):

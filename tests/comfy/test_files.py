@@ -11,24 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
-
-
-def decompose(**inputs):
-    """By the method that takes a moment, unless another is asked for."""
-    given = {
-        "concept": "bird",
-        "template": "a photo of a {}",
-        "words": 3,
-        "seed": 0,
-        "size": 0,
-        "budget": "fast",
-        "method": "text",
-    } | inputs
-    return node("ConceptKitDecompose", model=["loader", 0], clip=["loader", 1], **given)
+from conceptkit.tests.comfy.graphs import decompose, node
 
 
 def erase(concepts):

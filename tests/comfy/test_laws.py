@@ -6,11 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conceptkit.tests.comfy.graphs import node
 from safetensors.torch import load_file, save_file
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 @pytest.fixture

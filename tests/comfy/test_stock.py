@@ -6,15 +6,12 @@ import re
 
 import pytest
 import torch
+from conceptkit.tests.comfy.graphs import node
 from safetensors.torch import load_file, save_file
 
 WIDTH = 96
 UNET_KEY = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 CLIP_KEY = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def sampled(comfy, *, model=("loader", 0), clip=("loader", 1), prompt="a red circle", seed=3, steps=4, cfg=4.0):
