@@ -225,7 +225,7 @@ def _measured(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Result
     for job in jobs:
         if job.exclusive:
             # In a process of its own: what others have left there shows in its memory.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_one_thread) as alone:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_its_own_threads) as alone:
                 yield job, *alone.submit(_measure, job).result()
 
 
@@ -246,6 +246,11 @@ def _measure_alone(job: Job) -> Result:
 def _one_thread() -> None:
     """Before torch is loaded: processes that share cores must not each start a thread per core."""
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _its_own_threads() -> None:
+    """For what is measured alone, and says itself on how many threads: a limit in the environment is stronger than torch's."""
+    os.environ.pop("OMP_NUM_THREADS", None)
 
 
 def peak_mb() -> float | None:
