@@ -78,7 +78,8 @@ class Gram:
 def gram(model: Model, width: int, pooled_width: int | None, cache: Path | None = None) -> Gram:
     """The Gram matrix of a model's weights, found in ``cache`` by the weights' own hash or computed and put there.
 
-    Products in float32, sums in float64. Raises NonFinite for weights that hold NaN or infinity, and what ``weights`` raises.
+    Products in float32, sums in float64. Raises NonFinite for weights that hold NaN or infinity, what ``weights`` raises, and, before any
+    layer, what ``model.before_call`` does.
     """
     attention = cross_attention(model)
     key = weights_hash(attention, width)
@@ -86,6 +87,7 @@ def gram(model: Model, width: int, pooled_width: int | None, cache: Path | None 
     def compute() -> dict[str, Tensor]:
         total = torch.zeros(width, width, dtype=torch.float64)
         for path, _, weight in in_single(attention, width):
+            model.before_call()
             product = weight.T @ weight
             if not torch.isfinite(product).all():
                 raise NonFinite(f"the weight {path} holds NaN, infinity or numbers too large to square: load the checkpoint again")

@@ -570,14 +570,46 @@ def test_a_lora_never_overwrites_by_chance(tmp_path):
         assert file.metadata()["ss_network_module"] == "networks.lora"
 
 
-def test_cancelling_leaves_nothing(model, tmp_path):
+@pytest.mark.parametrize("place", ["captions", "Gram matrix", "first step", "last step"])
+def test_cancelling_leaves_nothing(model, tmp_path, place):
+    """Weights as they were, no gradient, nothing half-written in the cache, and the next run finds what an undisturbed one does."""
+
     class Stop(Exception): ...
 
-    def stop(step: int, total: int, metrics: object) -> None:
+    def stop(*_: object) -> None:
         raise Stop
 
+    class Text:
+        """The model's text encoder, interrupted in its third call."""
+
+        calls = 0
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(model.text, name)
+
+        def encode(self, prompts: list[str]) -> Conditioning:
+            self.calls += 1
+            return stop() if self.calls == 3 else model.text.encode(prompts)
+
+    def layers() -> Iterator[str]:
+        yield from ("", "")
+        raise Stop
+
+    reading = layers()
+    cut = {
+        "captions": {"model": replace(model, text=Text())},
+        "Gram matrix": {"model": replace(model, before_call=lambda: next(reading))},
+        "first step": {"model": model, "on_step": stop},
+        "last step": {"model": model, "on_step": lambda step, total, metrics: step < total or stop()},
+    }[place]
+    weights = {path: weight.clone() for path, weight in model.cross_attention.key_values()}
+    asked = {"concepts": ["circle"], "captions": CAPTIONS, "cache": tmp_path / "cache"}
     with pytest.raises(Stop):
-        solve_edit(model, ["circle"], captions=CAPTIONS, on_step=stop)
+        solve_edit(**asked, **cut)
+    after = dict(model.cross_attention.key_values())
+    assert all(torch.equal(after[path], weight) and after[path].grad is None for path, weight in weights.items())
+    assert {path.suffix for path in (tmp_path / "cache").glob("*")} <= {".safetensors"}
+    assert solve_edit(model, **asked).content_hash() == solve_edit(model, ["circle"], captions=CAPTIONS).content_hash()
 
 
 # The file's reader believes nothing
