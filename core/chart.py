@@ -41,8 +41,13 @@ def share_bars(
 ) -> Picture:
     """A decomposition: one bar a word, as long as its importance, and its share beside it; without importances, of its share.
 
-    words: at least one, drawn in the order given. shares, importances: 0 or more each. fillers: of the words, at the end, set apart
-    and pale. Returns 1200 pixels wide, as high as the words need. Raises ValueError for other lengths or values.
+    words: at least one, in the order in which they stand on the chart.
+    shares: of the mixture, 0 or more, one a word.
+    importances: 0 or more, one a word; without them the bars are the shares.
+    fillers: those of the words, at their end, that stand apart, pale.
+    title, subtitle: above the bars.
+
+    Returns an image 1200 pixels wide, as high as the words need. Raises ValueError for other lengths or values.
     """
     if not words:
         raise ValueError("there is no word to draw: give at least one")
@@ -96,9 +101,12 @@ def picture_grid(
 ) -> Picture:
     """A contact sheet: rows of pictures with a label before each row and above each column, shown pixel for pixel.
 
-    pictures: each (height, width, 3), uint8 or float in [0, 1], smaller ones centred in their cell; None leaves a cell empty. Pictures
-    that are all below 96 pixels are enlarged by a whole factor. Raises ValueError for an empty grid, rows of unequal length, labels
-    that do not match, or something that is no picture.
+    pictures: rows of images (height, width, 3), uint8 or float in [0, 1], smaller ones centred in their cell; None leaves a cell empty.
+        Images that are all below 96 pixels are enlarged by a whole factor.
+    row_labels, column_labels: one a row and one a column, or none.
+    title, subtitle: above the sheet.
+
+    Raises ValueError for an empty grid, rows of unequal length, labels that do not match, or something that is no image.
     """
     columns = len(pictures[0]) if pictures else 0
     if not columns or any(len(row) != columns for row in pictures):
@@ -155,10 +163,12 @@ def edit_report(
 ) -> Picture:
     """What an edit reaches and what it costs.
 
-    concepts: each with what is left of it and what an embedding could bring back, both 1 for all and 0 (or below) for nothing. layers:
-    labelled strips of what is left from layer to layer, a cell each, as dark as it is left. kept, neighbours: words and how far they
-    moved, 0 or more. Words are drawn in the order given, the first 8 of each kind, and the rest counted. Raises ValueError for an empty
-    strip, or values that are not finite or, of words that moved, negative.
+    concepts: each with what is left of it and what an embedding could bring back, both 1 for all and 0 (or below) for nothing.
+    layers: labelled strips of what is left from layer to layer, a cell each, as dark as it is left.
+    kept, neighbours: words and how far they moved, 0 or more, in the order given: the first 8 of each kind, and the rest counted.
+    title, subtitle: above the chart.
+
+    Raises ValueError for an empty strip, or values that are not finite or, of words that moved, negative.
     """
     moved = [value for _, value in (*kept, *neighbours)]
     values = [value for _, strip in layers for value in strip] + [value for _, left, back in concepts for value in (left, back)]

@@ -152,11 +152,14 @@ def choose_candidates(
 ) -> Candidates:
     """The words ``concept`` may be taken apart into, with their token ids: at most ``limit``, nearest token embedding first.
 
-    The pool is ``words`` where given (each must be one whole token), else ``whole_words``. Left out of either: ``exclude`` (these two are
-    sequences, or a str that `parse_list` reads); with ``exclude_unsafe`` personal names and offensive words (`is_unsafe`); and unless
-    ``keep_concept`` every word that shares a stem with a word of the concept, begins with one (from four letters on), or whose embedding
-    has cosine > 0.9 with a one-token concept. ``concept`` None (a pseudo-token without a name) leaves nothing out as its copy and keeps
-    vocabulary order. A ``words`` list no longer than ``limit`` keeps its own order.
+    text: the text encoder whose vocabulary is chosen from.
+    concept: a word or a phrase; None, for a pseudo-token without a name, leaves nothing out as its copy and keeps vocabulary order.
+    limit: how many words at most. A list no longer than that keeps its own order.
+    words: the pool, each one whole token: a sequence, or a str that `parse_list` reads. None takes all `whole_words`.
+    exclude: single words that are left out, given alike.
+    exclude_unsafe: leaves out personal names and offensive words (`is_unsafe`).
+    keep_concept: leaves in what is otherwise left out: words that share a stem with a word of the concept, begin with one (from four
+        letters on), or whose embedding has cosine > 0.9 with a one-token concept.
 
     Raises ValueError when a given word is no single token of this text encoder, an excluded one is several words, or nothing is left.
     """

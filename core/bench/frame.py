@@ -149,10 +149,15 @@ def run(
 ) -> dict[str, Any]:
     """Plan, say the plan, measure, and return the report: suite, version, profile, machine, rows; bars, and what the run spent.
 
-    parts: a folder that each result is written to at once and read from on the next run. processes: how many measure side by side, on
-    one thread each; 0 measures in this process. What a job raises ends the run; what was measured stays in ``parts``. Runs with
-    different ``shard`` may share that folder, or have theirs put together afterwards; a last run without one makes the rows of all.
+    suite: what to measure.
+    parts: a folder that each result is written to at once and read from on the next run.
+    processes: how many measure side by side, on one thread each; 0 measures in this process.
+    say: hears the plan and each result, in lines for people.
+    shard: (index, count) measures one of ``count`` parts. Their runs may share ``parts``, or have theirs put together afterwards; a last
+        run without a shard makes the rows of all.
     whole: measure what is beyond the suite's limit, too.
+
+    What a job raises ends the run; what was measured stays in ``parts``.
     """
     planned = plan(suite, parts, shard, whole=whole)
     say(f"bench {suite.name}, profile {suite.profile}")

@@ -30,6 +30,10 @@ class Planted:
 def plant(text: TextEncoder, pool: Sequence[str], count: int, seed: int, hidden: Mapping[str, Tensor] | None = None) -> Planted:
     """``count`` words of ``pool`` with weights in proportion to 0.5 + U(0, 1), as one token at the table's mean length.
 
+    text: the encoder whose token table is mixed from.
+    pool: single tokens to draw from.
+    count: how many.
+    seed: of words, weights and perturbation.
     hidden: per encoder directions (n, width); a random one in their span, as long as the mixture itself, is added before rescaling.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -56,7 +56,15 @@ def verify(
 ) -> Report:
     """Plant ``draws`` exact mixtures of two to four words and take each apart, then the ``concepts``.
 
-    side: of the pictures sampled, in pixels. on_part: hears what is about to be done. Raises whatever ``decompose_concept`` raises.
+    model: any that can be decomposed.
+    concepts: words and phrases of which nothing is known.
+    draws: how many mixtures; 0 leaves recall unmeasured.
+    side: of the images sampled, in pixels.
+    budget: of every decomposition.
+    seed: of the mixtures and of the decompositions.
+    on_part: hears what is about to be done.
+
+    Raises whatever ``decompose_concept`` raises.
     """
     start = time.perf_counter()
     pool = list(model.words or [word for word in whole_words(model.text) if not is_unsafe(word)][:POOL])
