@@ -41,10 +41,10 @@ def share_bars(
 ) -> Picture:
     """A decomposition: one bar a word, as long as its importance, and its share beside it; without importances, of its share.
 
-    words: at least one, in the order in which they stand on the chart.
+    words: at least one, in the order in which they stand on the chart, but for fillers.
     shares: of the mixture, 0 or more, one a word.
     importances: 0 or more, one a word; without them the bars are the shares.
-    fillers: those of the words, at their end, that stand apart, pale.
+    fillers: those of the words that stand apart, pale, below the others.
     title, subtitle: above the bars.
 
     Returns an image 1200 pixels wide, as high as the words need. Raises ValueError for other lengths or values.
@@ -55,6 +55,9 @@ def share_bars(
         raise ValueError(f"{len(words)} words need as many shares and importances: give one each")
     if not np.isfinite([*shares, *(importances or [])]).all() or min([*shares, *(importances or [])]) < 0:
         raise ValueError("shares and importances must be finite and not negative")
+    order = sorted(range(len(words)), key=lambda row: words[row] in fillers)
+    words, shares = [words[row] for row in order], [shares[row] for row in order]
+    importances = None if importances is None else [importances[row] for row in order]
     sheet = _Sheet()
     left = _MARGIN + min(max(sheet.measure(word, _TEXT) for word in words), 330) + 20
     right = _WIDTH - _MARGIN if importances is None else 800

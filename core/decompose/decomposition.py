@@ -306,7 +306,7 @@ class Decomposition(Noun):
             importance=None,
             fidelity=None,
             clusters=tuple(cluster for cluster in clusters if len(cluster) > 1),
-            fillers=tuple(word for word in self.fillers if word in kept),
+            fillers=(),
             edits=(*self.edits, *edits),
         )
 

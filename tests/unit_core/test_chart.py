@@ -119,6 +119,11 @@ def test_bad_input_is_a_sentence(draw, says):
         draw()
 
 
+def test_fillers_stand_below_the_others_wherever_they_come():
+    apart = chart.share_bars(["robin", "finch", "tiny"], [0.3, 0.2, 0.5], fillers=["tiny"], title="bird")
+    assert np.array_equal(chart.share_bars(["tiny", "robin", "finch"], [0.5, 0.3, 0.2], fillers=["tiny"], title="bird"), apart)
+
+
 def test_saving(tmp_path):
     picture = CASES["one word"]()
     for name in ("a/x.png", "b/x.png"):

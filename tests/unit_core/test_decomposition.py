@@ -286,6 +286,8 @@ def test_words_stand_in_order_of_importance_and_those_that_fill_in_apart() -> No
     assert found.words == tuple(example().words[i] for i in (1, 3, 0, 2)) and found.importance == (0.3, 0.2, 0.001, 0.0)
     assert found.fillers == found.words[2:] and "fill in:" in found.summary()
     assert torch.equal(found.token["l"], example().token["l"]) or torch.allclose(found.token["l"], example().token["l"], atol=1e-6)
+    # What a word is worth in another mixture was not measured.
+    assert found.reweighted({found.words[0]: 2}).fillers == ()
     nothing = example(importance=(0.0, 0.0, 0.0, 0.0)).by_importance()
     assert len(nothing.fillers) == 3  # never all
     assert example(importance=None).by_importance().words == example().words
