@@ -113,9 +113,9 @@ def picture_grid(
     """
     columns = len(pictures[0]) if pictures else 0
     if not columns or any(len(row) != columns for row in pictures):
-        raise ValueError("a contact sheet needs rows of equal length with at least one picture each")
+        raise ValueError("a contact sheet needs rows of equal length with at least one image each")
     if (row_labels and len(row_labels) != len(pictures)) or (column_labels and len(column_labels) != columns):
-        raise ValueError(f"{len(pictures)} rows of {columns} pictures need as many labels, or none")
+        raise ValueError(f"{len(pictures)} rows of {columns} images need as many labels, or none")
     cells = [[None if picture is None else _bytes(picture) for picture in row] for row in pictures]
     sizes = [picture.shape[:2] for row in cells for picture in row if picture is not None] or [(96, 96)]
     zoom = max(1, -(-96 // max(max(size) for size in sizes)))
@@ -366,9 +366,9 @@ def _percent(share: float) -> str:
 
 def _bytes(picture: NDArray[Any]) -> Picture:
     if picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-        raise ValueError(f"a picture has shape (height, width, 3), not {picture.shape}")
+        raise ValueError(f"an image has shape (height, width, 3), not {picture.shape}")
     if picture.dtype == np.uint8:
         return picture
     if not np.issubdtype(picture.dtype, np.floating) or not np.isfinite(picture).all():
-        raise ValueError("a picture is uint8, or finite floats in [0, 1]")
+        raise ValueError("an image is uint8, or finite floats in [0, 1]")
     return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)

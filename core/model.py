@@ -260,7 +260,7 @@ class Model:
             if batch == 1 or backward:
                 raise OutOfMemory(
                     f"a batch of {batch} latents of {x.shape[-1]}x{x.shape[-2]} does not fit in memory: "
-                    "use a smaller batch or picture, or free memory first"
+                    "use a smaller batch or image, or free memory first"
                 ) from error
         else:
             self.meter.count(batch, backward=backward)

@@ -146,7 +146,7 @@ def draw(
     """
     if model.autoencoder is None:
         raise UnsupportedModel(
-            f"{model.name} has no autoencoder to draw pictures with: connect the VAE of the same checkpoint, or choose a complete pipeline"
+            f"{model.name} has no autoencoder to generate images with: connect the checkpoint's VAE, or choose a complete pipeline"
         )
     denoiser = model.require_denoiser()
     cells = [side // denoiser.downscale for side in (height, width)]
@@ -159,7 +159,7 @@ def draw(
         prompts = positive if len(positive) == 1 else positive.map(itemgetter(rows))
         told = part_of(on_step, number, len(starts))
         latents = sample(model, prompts, negative, noise, sigmas, guidance=guidance, sampler=sampler, on_step=told)
-        pictures.append(in_chunks(model.autoencoder.decode, latents, len(latents), f"a picture of {width}x{height}").clamp(0, 1).cpu())
+        pictures.append(in_chunks(model.autoencoder.decode, latents, len(latents), f"an image of {width}x{height}").clamp(0, 1).cpu())
     return torch.cat(pictures)
 
 

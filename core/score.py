@@ -57,7 +57,7 @@ def zero_shot(scorer: ImageScorer, pictures: Tensor, texts: Sequence[str]) -> Te
     pictures: (batch, 3, height, width) in [0, 1]. Raises ValueError for fewer than two texts.
     """
     if len(texts) < 2:
-        raise ValueError("reading a picture needs at least two texts to choose from")
+        raise ValueError("reading an image needs at least two texts to choose from")
     cosines = scorer.embed_pictures(pictures) @ scorer.embed_texts(texts).T
     return (scorer.logit_scale * cosines).softmax(-1)
 
@@ -99,7 +99,7 @@ def split_half_floor(outcomes: Sequence[int], *, splits: int = 200) -> float:
     Raises ValueError for fewer than two outcomes.
     """
     if len(outcomes) < 2:
-        raise ValueError("one outcome has no halves to compare: draw at least two pictures")
+        raise ValueError("one outcome has no halves to compare: generate at least two images")
     generator, half = torch.Generator().manual_seed(0), len(outcomes) // 2
     found = 0.0
     for _ in range(splits):

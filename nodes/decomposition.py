@@ -73,7 +73,7 @@ class AdjustWords(io.ComfyNode):
             node_id="ConceptKitAdjustWords",
             display_name="Adjust Words",
             category=_CATEGORY,
-            description="More of one word, less of another: changes what a decomposition is made of, and so what it draws.",
+            description="More of one word, less of another: changes what a decomposition is made of, and so the images it stands for.",
             search_aliases=["reweight", "token weight", "word weight", "concept slider", "edit words"],
             inputs=[
                 DecompositionSocket.Input("decomposition", tooltip=_GIVEN),

@@ -70,7 +70,7 @@ class EraseConcept(io.ComfyNode):
             node_id="ConceptKitErase",
             display_name="Erase Concept",
             category=_CATEGORY,
-            description="Makes the model stop drawing a concept, or draw another in its place, in seconds and without training. "
+            description="Makes the model stop generating a concept, or generate another in its place, in seconds and without training. "
             "The model in the graph is not changed: the edit is a patch on a copy.",
             search_aliases=[
                 "unlearn",
@@ -385,7 +385,7 @@ class EditReport(io.ComfyNode):
             node_id="ConceptKitEditReport",
             display_name="Edit Report",
             category=_CATEGORY,
-            description="What an edit does to a model, without drawing a picture: how far each concept is gone in every layer, "
+            description="What an edit does to a model, without generating an image: how far each concept is gone in every layer, "
             "which other words it moves, and whether an embedding could bring it back.",
             search_aliases=["audit", "trace", "certificate", "what changed"],
             inputs=[

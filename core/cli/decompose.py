@@ -78,13 +78,13 @@ def decompose(
     seed: Annotated[int, typer.Option(min=0, help="The seed of the decomposition.")] = 0,
     steps: StepsOption = 20,
     guidance: Annotated[
-        float | None, typer.Option(min=1, help="Classifier-free guidance; by default the method's own, and 4 for the pictures.")
+        float | None, typer.Option(min=1, help="Classifier-free guidance; by default the method's own, and 4 for the images.")
     ] = None,
     size: SideOption = None,
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Find the few vocabulary words a concept is made of: chart, numbers, embedding, and pictures of the concept beside its words'."""
+    """Find the few vocabulary words a concept is made of: chart, numbers, embedding, and images of the concept beside its words'."""
     listed = parse_list("\n".join(concepts))
     if not listed:
         raise ValueError("the concept is empty: give a word or a phrase")
@@ -120,7 +120,7 @@ def verify(
     out: OutOption = Path("verify"),
     model: ModelOption = "demo",
     concepts: Annotated[list[str], typer.Option("--concept", help="What to decompose; several separated by commas.")] = ["bird", "joy"],  # noqa: B006
-    draws: Annotated[int, typer.Option(min=0, help="Planted mixtures to take apart, whose words are known.")] = 6,
+    draws: Annotated[int, typer.Option(min=0, help="Planted mixtures to decompose, whose words are known.")] = 6,
     budget: BudgetOption = "default",
     seeds: PicturesOption = 4,
     seed: SeedOption = 0,
@@ -154,7 +154,7 @@ def verify(
     page = markdown(report, picture)
     page_file.write_text(page, "utf-8")
     typer.echo(page)
-    typer.echo(f"The page and its pictures are in {out}.")
+    typer.echo(f"The page and its images are in {out}.")
 
 
 def decompose_to(model: Model, concept: str, out: Path, drawing: Drawing, **options: Any) -> Decomposition:
@@ -177,7 +177,7 @@ def decompose_to(model: Model, concept: str, out: Path, drawing: Drawing, **opti
     if model.autoencoder is not None:
         _draw_words(model, result, out, drawing, subtitle)
     typer.echo(result.summary())
-    typer.echo(f"{out}: chart, numbers, embedding and pictures; decomposed in {seconds:.0f} s")
+    typer.echo(f"{out}: chart, numbers, embedding and images; decomposed in {seconds:.0f} s")
     return result
 
 
@@ -192,7 +192,7 @@ def _draw_words(model: Model, result: Decomposition, out: Path, drawing: Drawing
     from .. import chart
     from ..decompose.pictures import picture_sheet, word_pictures
 
-    with Bar(f"drawing {result.concept} and its words") as bar:
+    with Bar(f"generating {result.concept} and its words") as bar:
         drawn = word_pictures(model, result, seeds=drawing.seeds, **drawing.options(model), on_step=bar)
     labels, title = [result.concept, _mixture(result)], f"{result.concept} and its words"
     rows = [eight_bit(pictures) for pictures in drawn[:2]]
@@ -201,12 +201,12 @@ def _draw_words(model: Model, result: Decomposition, out: Path, drawing: Drawing
 
 
 def _beside_its_words(model: Model, result: Decomposition, drawing: Drawing) -> list[list[NDArray[np.uint8]]]:
-    """Two rows of pictures from the same noise: the concept, and the mixture of its words."""
+    """Two rows of images from the same noise: the concept, and the mixture of its words."""
     conditionings = {
         result.concept: model.text.encode([result.template.replace("{}", result.concept)]),
         f"the words of {result.concept}": result.apply(model.text),
     }
-    return [sample_images(model, conditioning, drawing, f"drawing {label}") for label, conditioning in conditionings.items()]
+    return [sample_images(model, conditioning, drawing, f"generating {label}") for label, conditioning in conditionings.items()]
 
 
 def _mixture(result: Decomposition) -> str:

@@ -22,9 +22,9 @@ DEMO_CONCEPTS = ("bird", "joy", "gothic")
 
 @app.command()
 def world(
-    out: OutOption = Path("world"), seed: SeedOption = 0, per_word: Annotated[int, typer.Option(min=1, help="Pictures a word.")] = 8
+    out: OutOption = Path("world"), seed: SeedOption = 0, per_word: Annotated[int, typer.Option(min=1, help="Images a word.")] = 8
 ) -> None:
-    """Draw the demo model's world: pictures of every word, and what each is made of; and write all that is known of it as JSON."""
+    """Render the demo model's world: images of every word, and what each is made of; and write all that is known of it as JSON."""
     from .. import chart
     from ..demo.world import contact_sheet, shapes_world
 
@@ -41,7 +41,7 @@ def world(
 
 @app.command()
 def demo(out: OutOption = Path("demo")) -> None:
-    """Decompose three concepts of the demo model, draw them and their words, and print what was found beside what is known."""
+    """Decompose three concepts of the demo model, generate images of them and their words, and print the findings beside the truth."""
     from ..demo.world import shapes_world
 
     start = time.perf_counter()
@@ -50,7 +50,7 @@ def demo(out: OutOption = Path("demo")) -> None:
     typer.echo("")
     for concept, result in found.items():
         typer.echo(_beside(shapes, concept, result))
-    typer.echo(f"\nCharts, numbers and pictures in {out}, after {time.perf_counter() - start:.0f} s.")
+    typer.echo(f"\nCharts, numbers and images in {out}, after {time.perf_counter() - start:.0f} s.")
 
 
 def _make_up(word: Word) -> str:

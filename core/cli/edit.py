@@ -53,7 +53,7 @@ def erase(
     ] = "keep",
     precision: Annotated[Literal["fp16", "fp32"], typer.Option(help="Of the LoRA's numbers.")] = "fp16",
     edit_file: Annotated[Path | None, typer.Option("--edit", help="A file to keep the edit itself in, for `conceptkit report`.")] = None,
-    pictures: Annotated[Path | None, typer.Option(help="A folder for pictures of each concept, before and after.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="A folder for images of each concept, before and after.")] = None,
     cache: CacheOption = None,
     seeds: PicturesOption = 6,
     seed: SeedOption = 0,
@@ -106,7 +106,7 @@ def report(
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """What an edit does to a model, without drawing a picture: a chart, and the figures as JSON."""
+    """What an edit does to a model, without generating an image: a chart, and the figures as JSON."""
     from .. import chart
     from ..edit import ContextEdit, report_edit
     from ..edit.picture import report_picture
@@ -122,11 +122,11 @@ def report(
 
 
 def _before_and_after(model: Model, edit: ContextEdit, sheets: Sequence[Path], drawing: Drawing) -> None:
-    """A sheet a concept: its pictures, and those of the edited model from the same seeds."""
+    """A sheet a concept: its images, and those of the edited model from the same seeds."""
     from .. import chart
 
     for concept, path in zip(edit.concepts, sheets, strict=True):
         prompt = f"a photo of a {concept.text}"
         conditioning = model.text.encode([prompt])
-        rows = [sample_images(model, conditioning, drawing, f"drawing {concept.text}", applied) for applied in (None, edit)]
+        rows = [sample_images(model, conditioning, drawing, f"generating {concept.text}", applied) for applied in (None, edit)]
         chart.save(path, chart.picture_grid(rows, ["before", "after"], drawing.labels, title=prompt, subtitle=str(concept)))

@@ -33,11 +33,11 @@ _PIXELS = 8 * 128 * 128  # pixels sampled at once; a batch of 8 in the demo, sin
 ModelOption = Annotated[str, typer.Option("--model", help='"demo", or the folder of a local diffusers pipeline (SD 1.x, 2.x, SDXL).')]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to; made if it is not there.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="The first seed.")]
-PicturesOption = Annotated[int, typer.Option("--seeds", min=1, help="How many pictures, one per seed.")]
-StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps of the pictures.")]
+PicturesOption = Annotated[int, typer.Option("--seeds", min=1, help="How many images, one per seed.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps of the images.")]
 GuidanceOption = Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 turns it off.")]
 SideOption = Annotated[
-    int | None, typer.Option("--size", min=8, help="Side of the square pictures; by default what the model was trained on.")
+    int | None, typer.Option("--size", min=8, help="Side of the square images in pixels; by default what the model was trained on.")
 ]
 DeviceOption = Annotated[str, typer.Option(help='Where the model runs: "cpu", "cuda", "mps".')]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
@@ -80,7 +80,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn."""
+    """How images are generated."""
 
     seeds: Sequence[int]
     steps: int = 20
@@ -89,7 +89,7 @@ class Drawing:
 
     @property
     def labels(self) -> list[str]:
-        """What stands above the pictures."""
+        """What stands above the images."""
         return [f"seed {seed}" for seed in self.seeds]
 
     def options(self, model: Model) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def load(source: str, device: str) -> Model:
 
 
 def side_of(model: Model, size: int | None) -> int:
-    """The side of the pictures in pixels: ``size``, or what the model was trained on. Raises ValueError where it does not fit the model."""
+    """The side of the images in pixels: ``size``, or what the model was trained on. Raises ValueError where it does not fit the model."""
     denoiser = model.require_denoiser()
     if size is None:
         return denoiser.side
@@ -147,7 +147,7 @@ def side_of(model: Model, size: int | None) -> int:
 def sample_images(
     model: Model, conditioning: Conditioning, drawing: Drawing, label: str, edit: ContextEdit | None = None
 ) -> list[NDArray[np.uint8]]:
-    """One picture a seed, (height, width, 3), of the model or of the edited model."""
+    """One image a seed, (height, width, 3), of the model or of the edited model."""
     from ..sampling import draw
 
     negative = model.text.encode([""]) if drawing.guidance != 1 else None
@@ -159,5 +159,5 @@ def sample_images(
 
 
 def eight_bit(pictures: Tensor) -> list[NDArray[np.uint8]]:
-    """Pictures (n, 3, height, width) in [0, 1] as n of (height, width, 3)."""
+    """Images (n, 3, height, width) in [0, 1] as n of (height, width, 3)."""
     return list((pictures * 255).round().byte().movedim(1, -1).numpy())

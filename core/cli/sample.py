@@ -1,4 +1,4 @@
-"""``conceptkit sample``: a prompt, drawn."""
+"""``conceptkit sample``: images of a prompt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .frame import (
 
 @app.command()
 def sample(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
     out: OutOption,
     model: ModelOption = "demo",
     seeds: PicturesOption = 4,
@@ -37,7 +37,7 @@ def sample(
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Draw a prompt: one picture a seed, and a contact sheet."""
+    """Generate images of a prompt: one a seed, and a contact sheet."""
     from .. import chart
 
     drawing = Drawing(range(seed, seed + seeds), steps, guidance, size)
@@ -49,4 +49,4 @@ def sample(
         chart.save(path, picture)
     subtitle = f"{loaded.name}, {steps} steps, guidance {guidance:g}"
     chart.save(out / "sheet.png", chart.picture_grid([pictures], column_labels=drawing.labels, title=prompt, subtitle=subtitle))
-    typer.echo(f"{seeds} pictures and a contact sheet in {out}")
+    typer.echo(f"{seeds} images and a contact sheet in {out}")

@@ -93,7 +93,7 @@ def decompose_concept(
     downscale = model.require_denoiser().downscale
     cells = [side // downscale for side in (height, width)]
     if min(cells) < 1:
-        raise ValueError(f"pictures of {width}x{height} pixels are too small: the model needs at least {downscale}")
+        raise ValueError(f"images of {width}x{height} pixels are too small: the model needs at least {downscale}")
     name = concept.strip() if isinstance(concept, str) else None
     if name is not None:
         _check_concept(model, name)

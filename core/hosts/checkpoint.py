@@ -265,7 +265,7 @@ def read_scorer(path: str | Path) -> Scorer:
     state, name = {key.removeprefix(SCORER): value for key, value in tensors.items()}, Path(path).name
     if (header.get("format"), header.get("version")) != ("conceptkit-demo", 1) or "text_projection.weight" not in state:
         raise UnsupportedModel(
-            f"{name} holds no image scorer: nothing in it projects its text encoder's states into one space with pictures; "
+            f"{name} holds no image scorer: nothing in it projects its text encoder's states into one space with images; "
             "choose shapes.safetensors, which comes with ConceptKit"
         )
     return scorer_network(state, header, name)

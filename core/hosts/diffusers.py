@@ -304,7 +304,7 @@ class DiffusersAutoencoder:
         downscale = _downscale(self._vae.config)
         if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[-1] % downscale or pictures.shape[-2] % downscale:
             raise ValueError(
-                f"pictures have shape {tuple(pictures.shape)}: give (batch, 3, height, width) with sides that are multiples of {downscale}"
+                f"images have shape {tuple(pictures.shape)}: give (batch, 3, height, width) with sides that are multiples of {downscale}"
             )
         encoded = self._vae.encode((pictures * 2 - 1).to(self._vae.device, self._vae.dtype), return_dict=False)[0]
         latents: Tensor = encoded if isinstance(encoded, Tensor) else encoded.mode()

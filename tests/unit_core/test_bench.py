@@ -187,7 +187,7 @@ def test_total_variation_by_hand() -> None:
     assert score.split_half_floor([0] * 9) == 0
     # Four pictures, two of each outcome: one in three random halvings is pure, the others are even.
     assert score.split_half_floor([0, 0, 1, 1], splits=3000) == pytest.approx(1 / 3, abs=0.03)
-    with pytest.raises(ValueError, match="two pictures"):
+    with pytest.raises(ValueError, match="two images"):
         score.split_half_floor([1])
 
 

@@ -106,7 +106,7 @@ def test_pictures_appear_pixel_for_pixel():
         (lambda: chart.share_bars(["a"], [-0.1], title=""), "not negative"),
         (lambda: chart.share_bars(["a"], [0.1], [float("inf")], title=""), "finite"),
         (lambda: chart.share_bars(["a"], [0.1], [-0.1], title=""), "not negative"),
-        (lambda: chart.picture_grid([]), "at least one picture"),
+        (lambda: chart.picture_grid([]), "at least one image"),
         (lambda: chart.picture_grid([[None], [None, None]]), "equal length"),
         (lambda: chart.picture_grid([[None]], ["a", "b"]), "as many labels"),
         (lambda: chart.picture_grid([[np.zeros((3, 4, 4))]]), "height, width, 3"),

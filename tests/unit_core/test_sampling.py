@@ -194,5 +194,5 @@ def test_pictures_too_large_for_memory_are_decoded_in_parts() -> None:
         return draw(kept, mean(0.3), None, [1, 2, 3, 4, 5], height=32, width=32, steps=2, guidance=1.0)
 
     assert torch.equal(drawn(2), drawn(5)) and torch.equal(drawn(1), drawn(5))
-    with pytest.raises(OutOfMemory, match="a picture of 32x32 does not fit"):
+    with pytest.raises(OutOfMemory, match="an image of 32x32 does not fit"):
         drawn(0)
