@@ -146,7 +146,7 @@ def draw(
     """
     if model.autoencoder is None:
         raise UnsupportedModel(
-            f"{model.name} has no autoencoder to generate images with: connect the checkpoint's VAE, or choose a complete pipeline"
+            f"{model.name} has no autoencoder to generate images with: connect the VAE of its checkpoint, or choose a complete pipeline"
         )
     denoiser = model.require_denoiser()
     cells = [side // denoiser.downscale for side in (height, width)]
