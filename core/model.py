@@ -25,6 +25,20 @@ Prompt: TypeAlias = str | Sequence[str | Slot]
 """A text, or a sequence of texts and slots that is encoded as one text."""
 
 
+def split_template(template: str) -> tuple[str, str]:
+    """The texts before and after the placeholder. Raises ValueError unless ``{}`` stands in the template exactly once."""
+    before, *after = template.split("{}")
+    if len(after) != 1:
+        raise ValueError(f"the template {template!r} must contain {{}} once, where the concept goes, as in 'a photo of a {{}}'")
+    return before, after[0]
+
+
+def fill(template: str, concept: Prompt) -> Prompt:
+    """``template`` with a concept, which may hold slots, at its placeholder."""
+    before, after = split_template(template)
+    return before + concept + after if isinstance(concept, str) else [before, *concept, after]
+
+
 class UnsupportedModel(ValueError):
     """The model cannot be used by this method; the message says what to connect instead."""
 

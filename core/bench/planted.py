@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..decompose.decomposition import fill, mix
-from ..model import Conditioning, Model, Slot, TextEncoder
+from ..decompose.decomposition import mix
+from ..model import Conditioning, Model, Slot, TextEncoder, fill
 from ..vocabulary import WORD_END, embeddings
 
 HIDDEN = 3

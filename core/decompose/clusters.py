@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import normalize
 
-from ..model import TextEncoder
-from .decomposition import fill
+from ..model import TextEncoder, fill
 
 SYNONYM = 0.9
 """Cosine of two words' conditionings from which they count as interchangeable."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..model import Family, Model, Prompt, Slot, UnsupportedModel
+from ..model import Family, Model, Prompt, Slot, UnsupportedModel, fill, split_template
 from ..progress import OnStep, silent
 from ..vocabulary import choose_candidates, embeddings, is_known
 from .clusters import clusters
 from .conceptor import decompose_conceptor
-from .decomposition import Decomposition, fill, split_template
+from .decomposition import Decomposition
 from .distilled import decompose_distilled
 from .task import Budget, Select, Task
 from .text import decompose_text

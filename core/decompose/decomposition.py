@@ -29,7 +29,7 @@ from ..artifact import (
     as_whole,
     write_bytes,
 )
-from ..model import Conditioning, Prompt, TextEncoder
+from ..model import Conditioning, TextEncoder, fill, split_template
 from ..vocabulary import token_of
 
 RELIABLE_R2 = 0.8
@@ -38,20 +38,6 @@ FILLS_IN = 0.02
 """Importance below which a word only fills in: it helps the mixture and shows next to nothing of the concept. The largest round number that
 leaves every right word of the demo model's tuned half (0.021 and more); its other fillers have 0.009 at most."""
 _EMBEDDING_KEYS = {"l": "clip_l", "g": "clip_g", "h": "clip_h"}  # what ComfyUI calls the text encoders
-
-
-def split_template(template: str) -> tuple[str, str]:
-    """The texts before and after the placeholder. Raises ValueError unless ``{}`` stands in the template exactly once."""
-    before, *after = template.split("{}")
-    if len(after) != 1:
-        raise ValueError(f"the template {template!r} must contain {{}} once, where the concept goes, as in 'a photo of a {{}}'")
-    return before, after[0]
-
-
-def fill(template: str, concept: Prompt) -> Prompt:
-    """``template`` with a concept, which may hold slots, at its placeholder."""
-    before, after = split_template(template)
-    return before + concept + after if isinstance(concept, str) else [before, *concept, after]
 
 
 def mix(embeddings: Mapping[str, Tensor], norms: Mapping[str, float], alpha: Tensor) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from torch.nn.functional import normalize
 
 from ..artifact import Header, Spec, as_number
 from ..gradient import vjp
-from ..model import Conditioning
-from .decomposition import Decomposition, Restart, fill
+from ..model import Conditioning, fill
+from .decomposition import Decomposition, Restart
 from .fidelity import explained, fidelity, importance, picture_seeds, sampled_states
 from .mixture import Mixture, top_k
 from .search import Evidence, Search, padded, support

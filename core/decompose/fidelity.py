@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .decomposition import Fidelity, LevelR2, fill
+from ..model import fill
+from .decomposition import Fidelity, LevelR2
 from .mixture import Mixture
 from .shown import show
 from .states import States, distances, harvest

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model import Conditioning, Model, Slot
+from ..model import Conditioning, Model, Slot, fill
 from ..vocabulary import embeddings
-from .decomposition import fill, mix
+from .decomposition import mix
 
 
 @dataclass(frozen=True)

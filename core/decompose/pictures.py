@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..chart import Picture, picture_grid
-from ..model import Model
+from ..model import Model, fill
 from ..progress import OnStep, part_of, silent
 from ..sampling import Sampler, draw
-from .decomposition import Decomposition, fill
+from .decomposition import Decomposition
 
 
 @torch.no_grad()

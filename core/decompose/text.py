@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..model import Conditioning
+from ..model import Conditioning, fill
 from ..vocabulary import STOP_WORDS, WORD_END, embeddings
-from .decomposition import Decomposition, fill
+from .decomposition import Decomposition
 from .fidelity import measure, picture_seeds, sampled_states
 from .mixture import Mixture
 from .sparse import PENALTIES, sparse_solutions

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..decompose.decomposition import fill
-from ..model import Conditioning, Model, NonFinite, Slot, UnsupportedModel, in_chunks
+from ..model import Conditioning, Model, NonFinite, Slot, UnsupportedModel, fill, in_chunks
 from ..progress import OnStep, silent
 from ..vocabulary import embeddings, token_of
 

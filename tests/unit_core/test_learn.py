@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conceptkit.core.decompose.decomposition import fill
 from conceptkit.core.demo import render
 from conceptkit.core.demo.world import shapes_world
 from conceptkit.core.edit import solve_edit
 from conceptkit.core.hosts.diffusers import load_model
 from conceptkit.core.learn import invert_concept
-from conceptkit.core.model import Model, NonFinite, Slot, UnsupportedModel
+from conceptkit.core.model import Model, NonFinite, Slot, UnsupportedModel, fill
 from conceptkit.core.vocabulary import embeddings, token_of
 from torch import Tensor
 

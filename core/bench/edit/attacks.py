@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...decompose.decomposition import fill
 from ...demo import render
 from ...demo.world import World
 from ...edit import Concept, ContextEdit
@@ -18,7 +17,7 @@ from ...edit.report import Adversary
 from ...edit.solve import LowRank
 from ...edit.texts import Texts, caption_corpus, corpus
 from ...learn import invert_concept
-from ...model import Conditioning, Model, Slot
+from ...model import Conditioning, Model, Slot, fill
 from ..worlds import TEMPLATE
 from .cases import Case, Counts
 from .look import judged, sampled
