@@ -97,7 +97,14 @@ TASKS: dict[str, Callable[[np.random.Generator], tuple[str, Callable[[Reading], 
 
 
 def accuracy(model: Model, task: str, count: int, settings: Settings, *, seed: int = 0) -> dict[str, Any]:
-    """How often ``count`` random prompts of a task are drawn right: rate, n and its 95 % Wilson interval."""
+    """How often ``count`` random prompts of a task are drawn right: rate, n and its 95 % Wilson interval.
+
+    model: the model that generates.
+    task: what the prompts ask for, and what counts as right.
+    count: prompts.
+    settings: of the sampler.
+    seed: of the first image.
+    """
     rng = np.random.default_rng([seed, sorted(TASKS).index(task)])
     cases = [TASKS[task](rng) for _ in range(count)]
     seen = readings(model, [prompt for prompt, _ in cases], range(seed, seed + count), settings)
@@ -111,7 +118,14 @@ def _mixed(world: World, role: str | None = None) -> list[Word]:
 
 
 def model_shares(model: Model, words: Sequence[Word], count: int, settings: Settings, *, seed: int = 0) -> dict[str, Any]:
-    """Per composite or occupation word the shares it was trained with and those the model draws, from ``count`` pictures each."""
+    """Per composite or occupation word the shares it was trained with and those the model draws, from ``count`` pictures each.
+
+    model: the model that generates.
+    words: those to measure.
+    count: images of each.
+    settings: of the sampler.
+    seed: of the first image.
+    """
     table: dict[str, Any] = {}
     for word in words:
         seen = readings(model, [f"a photo of a {word.text}"] * count, range(seed, seed + count), settings)
@@ -144,7 +158,16 @@ def card(
     role: str | None = None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The figures of the model card; a count of 0 leaves its part out, a role the shares of other words. ``say`` hears plan and figures."""
+    """The figures of the model card.
+
+    model: the model that generates.
+    world: its world.
+    settings: of the sampler.
+    accuracy_count: prompts of each task; 0 leaves that part out.
+    share_count: images of each word; 0 leaves that part out.
+    role: the only role whose shares are measured; None takes all.
+    say: hears plan and figures.
+    """
     words = _mixed(world, role)
     total = accuracy_count * len(TASKS) + share_count * len(words)
     say(f"planned: {total} pictures, {total * settings.steps * 2} evals")

@@ -46,8 +46,16 @@ def measure_planted(
     options: Mapping[str, Any] = MappingProxyType({}),
     decoys: int = DECOYS,
 ) -> Result:
-    """Plant a mixture, take it apart, and compare. Two to six words in turn by ``draw``; options: of ``decompose_concept``; decoys: words
-    of the dictionary that the model was never trained on."""
+    """Plant a mixture, decompose it, and compare.
+
+    model: "demo", or a checkpoint in its layout.
+    world: the name of the model's world.
+    method: of ``decompose_concept``; an option of that name goes before it.
+    set_: "planted", with a perturbation that no word explains, or "planted_exact".
+    draw: which mixture: of two to six words in turn.
+    options: of ``decompose_concept``.
+    decoys: words of the dictionary that the model was never trained on.
+    """
     loaded, known = load(model), WORLDS[world]()
     before = loaded.meter.evals
     plain = [word.text for word in known.words.values() if word.synonym_of is None]
@@ -75,7 +83,16 @@ def measure_planted(
 def measure_natural(
     model: str, world: str, method: str, set_: str, word: str, pictures: int, options: Mapping[str, Any] = MappingProxyType({})
 ) -> Result:
-    """Take a composite word apart, and look at what its words draw; options: of ``decompose_concept``."""
+    """Decompose a composite word, and read what its words generate.
+
+    model: "demo", or a checkpoint in its layout.
+    world: the name of the model's world.
+    method: of ``decompose_concept``; an option of that name goes before it.
+    set_: "natural", or "natural_decoys" to choose among untrained words as well.
+    word: a composite word of the world.
+    pictures: images of its words' mixture that are read; 0 measures none.
+    options: of ``decompose_concept``.
+    """
     loaded, known = load(model), WORLDS[world]()
     before = loaded.meter.evals
     dictionary = _dictionary(model, known, {word} | _synonyms(known, [word]), DECOYS if set_ == "natural_decoys" else 0)
@@ -149,7 +166,15 @@ def _states(model: Model, concept: Conditioning, seeds: Sequence[int]) -> States
 
 
 def outcomes(model: Model, world: World, word: str, prompt: Conditioning, count: int, seed: int) -> list[int]:
-    """Which component of the word's make-up each of ``count`` pictures of ``prompt`` shows, by the exact detectors; -1 for none."""
+    """Which component of the word's make-up each of ``count`` pictures of ``prompt`` shows, by the exact detectors; -1 for none.
+
+    model: the model that generates.
+    world: its world, which knows the make-up.
+    word: the composite word.
+    prompt: what is sampled.
+    count: images.
+    seed: of the first; each further one adds one.
+    """
     negative, seeds = model.text.encode([""]), range(seed, seed + count)
     return [detect.outcome(world.words[word], reading) for reading in readings(model, prompt, negative, seeds)]
 

@@ -32,6 +32,12 @@ LEARN_PICTURES = 64
 def derived(model: Model, world: World, concept: Concept, edit: ContextEdit, counts: Counts) -> list[int]:
     """Presence under the strongest plausible context: every position of the concept's prompt replaced by what brings it back best.
 
+    model: the unedited model.
+    world: its world, which judges.
+    concept: what was erased.
+    edit: the edit under attack.
+    counts: how many images.
+
     Source: the derived embedding of RECE (Gong et al., arXiv 2407.12383), with the captions' covariance in place of the identity.
     """
     prompt = model.text.encode([TEMPLATE.replace("{}", concept.text)])
@@ -50,6 +56,12 @@ def adversary(model: Model, edit: ContextEdit, context: Tensor) -> Tensor:
 def learned(model: Model, world: World, concept: Concept, edit: ContextEdit | None, counts: Counts) -> list[int]:
     """Presence after textual inversion on the edited model: can a new word, learned from pictures, say the concept again?
 
+    model: the unedited model.
+    world: its world, which judges.
+    concept: what was erased.
+    edit: the edit under attack; None attacks the model itself.
+    counts: how many images and learning steps.
+
     Source: Pham et al., "Circumventing Concept Erasure Methods", arXiv 2308.01508, with the world's own pictures in place of generated
     ones.
     """
@@ -66,7 +78,15 @@ def _hits(
 
 
 def inverted(model: Model, world: World, concept: Concept, edit: ContextEdit | None, *, steps: int, seed: int) -> Slot:
-    """A token learned from renders of the concept, through the edit."""
+    """A token learned from renders of the concept, through the edit.
+
+    model: the unedited model.
+    world: its world, which renders the concept.
+    concept: what was erased.
+    edit: the edit that is learned through; None learns on the model itself.
+    steps: of Adam.
+    seed: of renders, noise and noise levels.
+    """
     drawn = np.random.default_rng(seed)
     renders = render.draw_batch([world.picture_of(concept.text, drawn) for _ in range(LEARN_PICTURES)])
     images = torch.from_numpy(renders).float().div(255).movedim(-1, 1)

@@ -53,7 +53,15 @@ def seen_of(job: Job, done: Mapping[str, Result]) -> Seen:
 def erase_row(
     set_: str, method: str, jobs: Sequence[Job], done: Mapping[str, Result], before: Mapping[str, Seen], cached: frozenset[str]
 ) -> dict[str, Any]:
-    """Figures of a method over concepts: pictures of all concepts count alike."""
+    """Figures of a method over concepts: pictures of all concepts count alike.
+
+    set_: the row's set.
+    method: the row's method.
+    jobs: the measurements of this row.
+    done: results by job key.
+    before: what the unedited model showed, by concept.
+    cached: keys of results that this run did not measure.
+    """
     row: dict[str, Any] = {"set": set_, "method": method, "concepts": len(jobs), "cached": len(cached & {job.key for job in jobs})}
     intervals: dict[str, Any] = {}
     names = [job.arguments["concept"] for job in jobs]
@@ -74,7 +82,14 @@ def erase_row(
 def ablation_row(
     name: str, jobs: Sequence[Job], done: Mapping[str, Result], before: Mapping[str, Seen], cached: frozenset[str]
 ) -> dict[str, Any]:
-    """What pictures show of the concepts that are drawn, and the figures that need none, of those and of the further ones."""
+    """What pictures show of the concepts that are drawn, and the figures that need none, of those and of the further ones.
+
+    name: of the ingredient left out.
+    jobs: the measurements of this row.
+    done: results by job key.
+    before: what the unedited model showed, by concept.
+    cached: keys of results that this run did not measure.
+    """
     row = erase_row("ablation", name, jobs, done, before, cached)
     for suffix, results in (
         ("", [done[job.key] for job in jobs if job.arguments["sets"]]),

@@ -60,8 +60,16 @@ def measure_before(model: str, world: str, concept: str, counts: Mapping[str, in
 def measure_edit(
     model: str, world: str, method: str, concept: str, strength: float, hard: bool, counts: Mapping[str, int], sets: Sequence[str]
 ) -> Result:
-    """Erase a concept, and see what is left of it and of the rest, drawn as before. sets: which to draw, of those of ``cases`` and the
-    attacks ``derived`` and ``learned``."""
+    """Erase a concept, and see what is left of it and of the rest, from the seeds it was generated with before.
+
+    model: "demo", or a checkpoint in its layout.
+    world: the name of the model's world.
+    method: a name of ``core.edit.METHODS``.
+    concept: as `parse_concepts` reads it.
+    strength, hard: of ``solve_edit``.
+    counts: images by set, as `Counts`.
+    sets: what to generate, of the sets of ``cases`` and the attacks ``derived`` and ``learned``.
+    """
     loaded = load(model)
     asked = concept_of(concept)
     start = time.perf_counter()
@@ -71,7 +79,15 @@ def measure_edit(
 
 
 def measure_ablation(model: str, world: str, method: str, concept: str, counts: Mapping[str, int], sets: Sequence[str]) -> Result:
-    """The same for the default method without one of its ingredients, and where the concept is left, by the trace. sets may be empty."""
+    """The same for the default method without one of its ingredients, and where the concept is left, by the trace.
+
+    model: "demo", or a checkpoint in its layout.
+    world: the name of the model's world.
+    method: a name of ``ABLATIONS``.
+    concept: as `parse_concepts` reads it.
+    counts: images by set, as `Counts`.
+    sets: what to generate; none leaves the figures that need no image.
+    """
     loaded = load(model)
     asked = concept_of(concept)
     start = time.perf_counter()
@@ -130,8 +146,14 @@ def _drawn(model: Model, world: str, asked: Concept, edit: ContextEdit, budget: 
 
 
 def measure_joint(model: str, world: str, method: str | None, concepts: Sequence[str], counts: Mapping[str, int]) -> Result:
-    """Erase concepts in one call (with no method: none), and see what is left of them and of the rest. Of the concepts' pictures, mistaken
-    counts those that show another concept of the call."""
+    """Erase concepts in one call, and see what is left of them and of the rest; mistaken are images that show another of them.
+
+    model: "demo", or a checkpoint in its layout.
+    world: the name of the model's world.
+    method: a name of ``core.edit.METHODS``; None erases nothing.
+    concepts: those of the call.
+    counts: images by set, as `Counts`.
+    """
     loaded, known = load(model), WORLDS[world]()
     start, before = time.perf_counter(), loaded.meter.evals
     edit = None if method is None else solve_edit(loaded, list(concepts), method=method)
