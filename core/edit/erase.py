@@ -23,7 +23,7 @@ from .presets import PRESETS, Preset
 from .report import Adversary, Clash, ConceptTrace, Report, WordShift, distortion, shift, trace
 from .solve import LowRank
 from .texts import check_concepts, common_words, fill, words_of
-from .words import SYNONYM
+from .words import PLAIN, SYNONYM, marked
 
 METHODS: Mapping[str, Preset] = {
     "conceptkit": Preset(conceptkit),
@@ -33,7 +33,6 @@ METHODS: Mapping[str, Preset] = {
 
 EXACT = 1e-7
 """What float32 factors cannot tell from nothing, relative."""
-REPORT_TEMPLATE = "a photo of a {}"
 MAX_LAYER_COLUMNS = 64
 """Concepts' columns that are traced layer by layer; of further concepts only the sum over layers is."""
 NEIGHBOURS = 24
@@ -131,8 +130,8 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
     related = _related(job, erased)
     near = _near(job, [*erased, *related])
     parts = _parts(job)
-    job.texts.load(fill(REPORT_TEMPLATE, word) for word in (*job.keep, *near, *parts, *related))
-    marks = [_marks(job, concept.text, anchor) for concept, anchor in zip(edit.concepts, edit.anchors, strict=True)]
+    job.texts.load(fill(PLAIN, word) for word in (*job.keep, *near, *parts, *related))
+    marks = [marked(job.texts, concept.text, anchor) for concept, anchor in zip(edit.concepts, edit.anchors, strict=True)]
     adversary = Adversary(found, gram, covariance)
     layers, highest = _by_layer(job, edit, marks)
     concepts = tuple(
@@ -145,7 +144,7 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
         )
         for i, (concept, (c, a)) in enumerate(zip(job.concepts, marks, strict=True))
     )
-    shifts = {word: shift(found, *_marks(job, word, ""), gram) for word in (*job.keep, *near, *parts, *related)}
+    shifts = {word: shift(found, *marked(job.texts, word, ""), gram) for word in (*job.keep, *near, *parts, *related)}
     neighbours, kin = (
         tuple(sorted((WordShift(word, shifts[word]) for word in words), key=lambda w: (-w.shift, w.word))) for words in (near, related)
     )
@@ -163,12 +162,6 @@ def _measure(job: Job, edit: ContextEdit) -> Report:
         related=kin,
         clashes=_clashes(job, edit),
     )
-
-
-def _marks(job: Job, word: str, instead: str) -> tuple[Tensor, Tensor]:
-    """A word's last sub-token and end token in a plain prompt, and those of what stands in its place: each (width, 2)."""
-    ours, theirs = job.texts.prompt(REPORT_TEMPLATE, word), job.texts.prompt(REPORT_TEMPLATE, instead)
-    return ours.context[[ours.last, ours.end]].T, theirs.context[[max(theirs.last, 0), theirs.end]].T
 
 
 def _near(job: Job, along: Sequence[str]) -> tuple[str, ...]:
@@ -244,7 +237,7 @@ def _pooled_leak(job: Job, edit: ContextEdit) -> float | None:
         return None
     pairs = []
     for concept, anchor in zip(edit.concepts, edit.anchors, strict=True):
-        ours, theirs = (job.texts.prompt(REPORT_TEMPLATE, text).pooled for text in (concept.text, anchor))
+        ours, theirs = (job.texts.prompt(PLAIN, text).pooled for text in (concept.text, anchor))
         if ours is not None and theirs is not None:
             pairs.append((ours, theirs))
     c, a = (torch.stack(part, 1) for part in zip(*pairs, strict=True))

@@ -25,7 +25,7 @@ from .job import Job, Solution
 from .report import distortion, trace
 from .solve import LowRank, Problem, annihilate, minimise
 from .texts import TEMPLATES, common_words, fill, mentions, words_of
-from .words import PLAIN, SYNONYM, two
+from .words import SYNONYM, marked
 
 FRAMES = (
     "a photo of a {} and a {0}",
@@ -132,7 +132,7 @@ def conceptkit(job: Job, settings: Settings = DEFAULT) -> Solution:
     twins = _twins(job, targets, settings)
     erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
     captions, pooled_captions = _without(job, erased)
-    marks = [_marks(job, target) for target in targets]
+    marks = [marked(job.texts, target.concept.text, target.anchor) for target in targets]
     stay = _staying(job, targets, settings)
     edit, cost, weight = _weighed(job, _stated(job, twins, stay, exact, captions, settings), captions, marks, settings)
     gram = job.gram.matrix
@@ -301,11 +301,6 @@ def _block(job: Job, twin: _Twin, settings: Settings) -> tuple[Tensor, Tensor, T
     return source[positions].T, anchor[theirs].T, weights
 
 
-def _marks(job: Job, target: _Target) -> tuple[Tensor, Tensor]:
-    """Where a concept stands in a plain prompt, and its anchor: each (width, 2)."""
-    return two(job.texts.prompt(PLAIN, target.concept.text)), two(job.texts.prompt(PLAIN, target.anchor))
-
-
 def _basis(columns: Tensor) -> Tensor:
     """Orthonormal directions of columns (width, n), those of almost no size left out."""
     axes, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
@@ -334,8 +329,7 @@ def _staying(job: Job, targets: Sequence[_Target], settings: Settings) -> Tensor
     erased = [word for target in targets for word in (target.concept.text, *target.synonyms)]
     others = [word for word in common_words(job.model) if not mentions(word, erased)]
     light = dict.fromkeys((word for target in targets for word in target.siblings), settings.near)
-    heavy = dict.fromkeys((word for target in targets for word in target.related if word not in erased), settings.keep)
-    heavy |= dict.fromkeys(job.keep, settings.keep)
+    heavy = dict.fromkeys((*(word for target in targets for word in target.related), *job.keep), settings.keep)
     prompts = {word: [fill(template, word) for template in TEMPLATES[:2]] for word in light | heavy}
     for word in heavy if len(others) >= 3 else ():
         rng = random.Random(f"{job.seed} {word}")

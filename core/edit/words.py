@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..vocabulary import candidates
 from .solve import root
-from .texts import TEMPLATES, Prompt, common_words, fill
+from .texts import TEMPLATES, Prompt, Texts, common_words, fill
 
 if TYPE_CHECKING:
     from .job import Job
@@ -181,6 +181,11 @@ class Words:
 def two(prompt: Prompt) -> Tensor:
     """Last sub-token and end token, (width, 2)."""
     return prompt.context[[max(prompt.last, 0), prompt.end]].T
+
+
+def marked(texts: Texts, word: str, instead: str) -> tuple[Tensor, Tensor]:
+    """`two` of a word in a plain prompt, and of what stands in its place: each (width, 2)."""
+    return two(texts.prompt(PLAIN, word)), two(texts.prompt(PLAIN, instead))
 
 
 def _cosines(rows: Tensor, row: Tensor) -> Tensor:
